@@ -1,0 +1,163 @@
+"""What the build stage promises and the gateway relies on, in one small file.
+
+In: what the build decided (tensor names, padded shapes, tokenizer, models).
+Out: ``contract.json`` at the root of a model repository, read back and held
+against Triton's own model metadata before the gateway serves a request.
+Knows neither torch nor tritonclient.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from enum import Enum
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from int8qa.errors import ContractError
+
+CONTRACT_FILENAME = "contract.json"
+MANIFEST_FILENAME = "manifest.json"
+TOKENIZER_FILENAME = "tokenizer.json"
+
+INPUT_IDS = "input_ids"
+ATTENTION_MASK = "attention_mask"
+TOKEN_TYPE_IDS = "token_type_ids"  # noqa: S105 - a tensor's name
+START_LOGITS = "start_logits"
+END_LOGITS = "end_logits"
+
+INPUT_DATATYPE = "INT32"
+"""Triton's name of the inputs' type, shape [B, S]."""
+OUTPUT_DATATYPE = "FP32"
+"""Triton's name of the logits' type, shape [B, S]."""
+
+
+class Precision(str, Enum):
+    """A served precision. FP32 is the reference the other two are held against."""
+
+    INT8 = "int8"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def model_name(self) -> str:
+        """The Triton model that serves this precision."""
+        return f"qa_{self.value}"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelRecord(_Frozen):
+    """One served model: what the gateway shows of it and labels metrics with."""
+
+    name: str = Field(pattern=r"^qa_[a-z0-9]+$")
+    engine: str = Field(description="openvino, tensorrt or tensorrt-rtx")
+    calibrator: str = Field(description="none for float models")
+    recipe: str = Field(description="none for float models")
+    f1: float | None = Field(description="F1 at build on the evaluation set, 0-100")
+    exact_match: float | None = Field(description="EM at build, 0-100")
+    size_bytes: int = Field(ge=0)
+
+
+class Contract(_Frozen):
+    """The shapes, names and identities both halves of int8qa agree on."""
+
+    format_version: int = 1
+    build_id: str = Field(description="hash over everything that shaped the build")
+    checkpoint: str = Field(description="hub id or directory name")
+    tokenizer_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    pad_token_id: int = Field(ge=0)
+    inputs: tuple[str, ...] = Field(
+        description="tensors the models take, all INT32 [B, S]; order is free"
+    )
+    max_window_tokens: int = Field(ge=16, description="longest window, in tokens")
+    sequence_buckets: tuple[int, ...] = Field(
+        description="padded lengths S that may occur, ascending, in tokens"
+    )
+    batch_sizes: tuple[int, ...] = Field(
+        description="batch sizes B that may occur, ascending; the first is 1"
+    )
+    max_batch_tokens: int = Field(ge=16, description="largest B x S, in tokens")
+    models: dict[Precision, ModelRecord]
+    verdict: str = Field(default="", description="one sentence of the build report")
+
+    def bucket_for(self, length: int) -> int:
+        """Padded length for a window of ``length`` tokens.
+
+        Raises:
+            ContractError: the window is longer than the longest bucket.
+        """
+        for bucket in self.sequence_buckets:
+            if length <= bucket:
+                return bucket
+        raise ContractError(
+            f"a window of {length} tokens exceeds the longest bucket of "
+            f"{self.sequence_buckets[-1]}; split with max_window_tokens="
+            f"{self.max_window_tokens}"
+        )
+
+    def save(self, repository: Path) -> None:
+        """Write ``contract.json`` into ``repository``."""
+        text = json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+        (repository / CONTRACT_FILENAME).write_text(text, encoding="utf-8")
+
+
+def load_contract(repository: Path) -> Contract:
+    """Read the contract of a model repository.
+
+    Raises:
+        ContractError: there is none, or it is not one this version can read.
+    """
+    path = repository / CONTRACT_FILENAME
+    try:
+        return Contract.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise ContractError(
+            f"{repository} is no complete model repository: it has no "
+            f"{CONTRACT_FILENAME}. Run `int8qa build --model-repository {repository}`"
+        ) from None
+    except OSError as error:
+        raise ContractError(f"cannot read {path}: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ContractError(
+            f"{path} is not a contract this version reads: {where}: {first['msg']}. "
+            f"Rebuild with `int8qa build --model-repository {repository}`"
+        ) from error
+
+
+def check_model_tensors(
+    contract: Contract,
+    precision: Precision,
+    *,
+    inputs: Iterable[tuple[str, str]],
+    outputs: Iterable[tuple[str, str]],
+) -> None:
+    """Hold Triton's metadata of one model, (name, datatype) pairs, to the contract.
+
+    Raises:
+        ContractError: a tensor is missing, unknown or of another type.
+    """
+    expected_inputs = {(name, INPUT_DATATYPE) for name in contract.inputs}
+    expected_outputs = {
+        (START_LOGITS, OUTPUT_DATATYPE),
+        (END_LOGITS, OUTPUT_DATATYPE),
+    }
+    for kind, expected, found in (
+        ("inputs", expected_inputs, set(inputs)),
+        ("outputs", expected_outputs, set(outputs)),
+    ):
+        if expected != found:
+            raise ContractError(
+                f"Triton serves {precision.model_name} with {kind} "
+                f"{sorted(found)}, the contract says {sorted(expected)}. Triton and "
+                f"the gateway read different model repositories, or one is stale: "
+                f"rebuild with `int8qa build` and restart both"
+            )

@@ -1,0 +1,230 @@
+"""Run-time settings: environment variables with the prefix ``INT8QA_``.
+
+In: the process environment and an optional ``.env`` file. Out: one frozen
+:class:`Settings`, built once at the entry point and handed down. Unknown names
+are refused, misspelt groups too. What is decided at build time is not here: the
+gateway reads that from the model repository's contract.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from int8qa.contract import Precision
+from int8qa.errors import ConfigurationError
+
+ENV_PREFIX = "INT8QA_"
+DELIMITER = "__"
+
+_INSTALL_NAMES = frozenset({"INT8QA_PYTHON", "INT8QA_TORCH_INDEX", "INT8QA_VENV"})
+"""Variables with our prefix that only the Makefile reads."""
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TritonSettings(_Group):
+    """How the gateway reaches Triton."""
+
+    url: str = Field(
+        default="127.0.0.1:8001",
+        description="host:port of Triton's gRPC endpoint; `int8qa up` sets its own",
+        pattern=r"^[^\s/]+:\d{1,5}$",
+    )
+    connect_timeout_s: float = Field(
+        default=60.0,
+        ge=0,
+        le=600,
+        description="how long start-up waits for Triton before it begins to serve "
+        "503s; larger survives a slow model load, smaller fails sooner",
+    )
+    probe_interval_s: float = Field(
+        default=0.5,
+        gt=0,
+        le=60,
+        description="how often a lost Triton is looked for; smaller recovers sooner",
+    )
+
+
+class BatcherSettings(_Group):
+    """The trade between latency and throughput."""
+
+    max_wait_s: float = Field(
+        default=0.004,
+        ge=0,
+        le=1,
+        description="longest wait of a window for company while the engine is busy; "
+        "larger fills batches, smaller shortens the tail",
+    )
+    max_in_flight: int = Field(
+        default=2,
+        ge=1,
+        le=64,
+        description="batches of one precision inside Triton at once; 2 assembles the "
+        "next batch while the engine works",
+    )
+    max_queue_tokens: int = Field(
+        default=262_144,
+        ge=512,
+        le=2**31,
+        description="padded tokens that may wait in one precision's queue; above it "
+        "requests are refused at once",
+    )
+
+
+class LimitSettings(_Group):
+    """What one request may ask for."""
+
+    max_body_bytes: int = Field(
+        default=4 * 2**20, ge=1024, le=2**30, description="HTTP body, bytes"
+    )
+    max_question_chars: int = Field(
+        default=2_000, ge=1, le=10**6, description="question, Unicode code points"
+    )
+    max_context_chars: int = Field(
+        default=500_000, ge=1, le=10**8, description="context, Unicode code points"
+    )
+    max_windows: int = Field(
+        default=512,
+        ge=1,
+        le=100_000,
+        description="windows one context may be split into; bounds the cost of one "
+        "request",
+    )
+    max_items: int = Field(
+        default=256, ge=1, le=100_000, description="items of one /v1/answers request"
+    )
+    request_timeout_s: float = Field(
+        default=60.0,
+        gt=0,
+        le=3600,
+        description="deadline of a request, queueing included; then 504",
+    )
+    shutdown_timeout_s: float = Field(
+        default=15.0,
+        ge=0,
+        le=600,
+        description="how long SIGTERM waits for accepted requests",
+    )
+
+
+class ComparisonSettings(_Group):
+    """The INT8-against-FP16 window behind ``/v1/comparison``."""
+
+    window: int = Field(
+        default=2_000,
+        ge=10,
+        le=10**6,
+        description="most recent observations kept per precision",
+    )
+
+
+class EmbeddedSettings(_Group):
+    """The Triton that `int8qa up` starts itself."""
+
+    start_timeout_s: float = Field(
+        default=120.0, gt=0, le=3600, description="until Triton must be ready"
+    )
+    stop_timeout_s: float = Field(
+        default=10.0, gt=0, le=600, description="after SIGTERM, before SIGKILL"
+    )
+    max_restart_delay_s: float = Field(
+        default=10.0,
+        gt=0,
+        le=600,
+        description="upper bound of the back-off between restarts",
+    )
+    engine_threads: int = Field(
+        default=0,
+        ge=0,
+        le=1024,
+        description="CPU threads of one engine; 0 lets OpenVINO choose",
+    )
+
+
+class Settings(BaseSettings):
+    """All settings of one process, frozen."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter=DELIMITER,
+        env_file_encoding="utf-8",
+        frozen=True,
+        extra="ignore",  # a shared .env holds other programs' names; ours are checked
+    )
+
+    host: str = Field(default="127.0.0.1", description="address the gateway binds")
+    port: int = Field(default=8080, ge=0, le=65535, description="HTTP port")
+    model_repository: Path = Field(
+        default=Path("model_repository"),
+        description="directory written by `int8qa build`",
+    )
+    default_precision: Precision = Field(
+        default=Precision.INT8,
+        description="precision of requests that name none",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="least severe log line written"
+    )
+    log_format: Literal["console", "json"] = Field(
+        default="console", description="console for people, json for collectors"
+    )
+
+    triton: TritonSettings = Field(default_factory=TritonSettings)
+    batcher: BatcherSettings = Field(default_factory=BatcherSettings)
+    limits: LimitSettings = Field(default_factory=LimitSettings)
+    comparison: ComparisonSettings = Field(default_factory=ComparisonSettings)
+    embedded: EmbeddedSettings = Field(default_factory=EmbeddedSettings)
+
+
+def iter_setting_names() -> Iterator[tuple[str, str, object]]:
+    """Yield (environment name, description, default) of every setting, in order."""
+    for name, field in Settings.model_fields.items():
+        group = field.annotation
+        if isinstance(group, type) and issubclass(group, _Group):
+            for inner, inner_field in group.model_fields.items():
+                yield (
+                    f"{ENV_PREFIX}{name}{DELIMITER}{inner}".upper(),
+                    inner_field.description or "",
+                    inner_field.default,
+                )
+        else:
+            yield f"{ENV_PREFIX}{name}".upper(), field.description or "", field.default
+
+
+def load_settings(
+    environ: Mapping[str, str] | None = None,
+    *,
+    env_file: Path | None = None,
+    **overrides: object,
+) -> Settings:
+    """Build the settings of this process.
+
+    Args:
+        environ: where names are checked; the process environment by default.
+        env_file: a dotenv file; the environment wins over it.
+        overrides: values from the command line; they win over both.
+
+    Raises:
+        ConfigurationError: a name is unknown or a value is out of range.
+    """
+    known = {name for name, _, _ in iter_setting_names()} | _INSTALL_NAMES
+    source = os.environ if environ is None else environ
+    for name in source:
+        if name.upper().startswith(ENV_PREFIX) and name.upper() not in known:
+            raise ConfigurationError(
+                f"unknown setting {name}; known are: {', '.join(sorted(known))}"
+            )
+    try:
+        return Settings(_env_file=env_file, **overrides)  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ENV_PREFIX + DELIMITER.join(str(p) for p in first["loc"]).upper()
+        raise ConfigurationError(f"{name}: {first['msg']}") from error
