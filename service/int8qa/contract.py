@@ -63,6 +63,11 @@ class ModelRecord(_Frozen):
     f1: float | None = Field(description="F1 at build on the evaluation set, 0-100")
     exact_match: float | None = Field(description="EM at build, 0-100")
     size_bytes: int = Field(ge=0)
+    execution: str = Field(
+        default="",
+        description="types the engine's GEMMs really ran in where it was built, "
+        "such as i8, f16 or bf16",
+    )
 
 
 class Contract(_Frozen):
