@@ -1,0 +1,188 @@
+"""Answers by precision, held against float32 on the same questions.
+
+In: questions, and functions that turn windows into logits. Out: EM/F1 by precision,
+how many answers equal float32's, the largest logit deviation, and the gate's ruling.
+Knows neither torch nor an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from int8qa.contract import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPE_IDS
+from int8qa.errors import AccuracyGateError
+from int8qa.reader.spans import decode_spans
+from int8qa.reader.squad import SquadQuestion, score_predictions
+from int8qa.reader.tokenizer import ReaderTokenizer
+from int8qa.reader.windows import Window, split_windows
+
+DEFAULT_GATE = 0.99
+"""Least share of float32's F1. Source: MLPerf Inference rules, BERT-99."""
+
+MAX_ANSWER_TOKENS = 30
+"""Source: the original BERT SQuAD evaluation, ``max_answer_length``."""
+
+Logits = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+Infer = Callable[[Mapping[str, Any]], Logits]
+"""int32 [B, S] per input name to start and end logits, float32 [B, S]."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedQuestion:
+    """A question with its windows."""
+
+    question: SquadQuestion
+    windows: list[Window]
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What one precision made of a question set."""
+
+    texts: dict[str, str]
+    """Answer by question id."""
+    logits: list[Logits]
+    """Per window start and end, [S] without padding, in question order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """One precision against float32."""
+
+    f1: float
+    exact_match: float
+    questions: int
+    f1_ratio: float
+    """Share of float32's F1."""
+    agreement: float
+    """Share of answers equal to float32's, 0-1."""
+    max_logit_deviation: float
+    """Largest |logit - float32's logit| over all tokens of all windows."""
+
+
+def encode_questions(
+    tokenizer: ReaderTokenizer,
+    questions: Sequence[SquadQuestion],
+    *,
+    max_window_tokens: int,
+    doc_stride: int,
+) -> list[EncodedQuestion]:
+    """Split each question and its context into windows."""
+    return [
+        EncodedQuestion(
+            question,
+            split_windows(
+                tokenizer,
+                question.question,
+                question.context,
+                max_window_tokens=max_window_tokens,
+                doc_stride=doc_stride,
+            ),
+        )
+        for question in questions
+    ]
+
+
+def padded_feed(
+    window: Window, length: int, inputs: Sequence[str], *, pad_token_id: int
+) -> dict[str, npt.NDArray[np.int32]]:
+    """One window as int32 [1, ``length``] per input name."""
+    size = len(window)
+    arrays = {name: np.zeros((1, length), np.int32) for name in inputs}
+    arrays[INPUT_IDS][:] = pad_token_id
+    arrays[INPUT_IDS][0, :size] = window.input_ids
+    arrays[ATTENTION_MASK][0, :size] = 1
+    if TOKEN_TYPE_IDS in arrays:
+        arrays[TOKEN_TYPE_IDS][0, :size] = window.token_type_ids
+    return arrays
+
+
+def answer_questions(
+    infer: Infer,
+    encoded: Sequence[EncodedQuestion],
+    inputs: Sequence[str],
+    *,
+    bucket_for: Callable[[int], int],
+    pad_token_id: int,
+    on_question: Callable[[], None] = lambda: None,
+) -> Answers:
+    """Answer every question, one window at a time, padded as the gateway pads."""
+    texts: dict[str, str] = {}
+    logits: list[Logits] = []
+    for item in encoded:
+        rows: list[Logits] = []
+        for window in item.windows:
+            size = len(window)
+            feed = padded_feed(
+                window, bucket_for(size), inputs, pad_token_id=pad_token_id
+            )
+            start, end = infer(feed)
+            rows.append((start[0, :size], end[0, :size]))
+        spans = decode_spans(
+            item.question.context,
+            item.windows,
+            [start for start, _ in rows],
+            [end for _, end in rows],
+            max_answer_tokens=MAX_ANSWER_TOKENS,
+        )
+        texts[item.question.id] = spans[0].text if spans else ""
+        logits.extend(rows)
+        on_question()
+    return Answers(texts, logits)
+
+
+def compare_answers(
+    reference: Answers, answers: Answers, questions: Sequence[SquadQuestion]
+) -> Accuracy:
+    """Score ``answers`` and hold them to ``reference``, question by question."""
+    score = score_predictions(questions, answers.texts)
+    base = score_predictions(questions, reference.texts)
+    same = sum(
+        answers.texts[question.id] == reference.texts[question.id]
+        for question in questions
+    )
+    return Accuracy(
+        f1=score.f1,
+        exact_match=score.exact,
+        questions=len(questions),
+        f1_ratio=score.f1 / base.f1 if base.f1 else 1.0,
+        agreement=same / len(questions),
+        max_logit_deviation=max_deviation(reference.logits, answers.logits),
+    )
+
+
+def max_deviation(reference: Sequence[Logits], other: Sequence[Logits]) -> float:
+    """Largest absolute difference between two lists of logits; NaN counts as inf."""
+    worst = 0.0
+    for expected, found in zip(reference, other, strict=True):
+        for left, right in zip(expected, found, strict=True):
+            deviation = float(np.max(np.abs(left - right)))
+            worst = max(worst, deviation if np.isfinite(deviation) else float("inf"))
+    return worst
+
+
+def check_gate(int8: Accuracy, *, gate: float) -> None:
+    """Refuse an INT8 model that lost more than the gate allows.
+
+    Args:
+        int8: measured against float32 on the same checkpoint and questions; seeds of
+            one training differ by as much as quantization costs, so an unpaired
+            comparison would say nothing.
+        gate: least share of float32's F1, 0-1; 0 switches the gate off.
+
+    Raises:
+        AccuracyGateError: measured, allowed, and what to try next.
+    """
+    if int8.f1_ratio < gate:
+        raise AccuracyGateError(
+            f"INT8 keeps {100 * int8.f1_ratio:.2f} % of FP32's F1 "
+            f"({int8.f1:.2f} over {int8.questions} questions); the gate asks for "
+            f"{100 * gate:g} %. Try a higher percentile (--percentile 99.9999), more "
+            f"calibration questions (--calibration-data), or --gate "
+            f"{int8.f1_ratio - 0.001:.3f} if this loss is acceptable"
+        )

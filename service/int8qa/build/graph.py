@@ -1,0 +1,274 @@
+"""Passes over an exported graph that every engine profits from.
+
+In: an ONNX model as the exporter wrote it. Out: the same function in fewer nodes:
+constants as initializers, INT8 weights stored as INT8 [K, N] behind one
+DequantizeLinear, one Q/DQ pair per tensor and scale. Nothing here changes a result
+by more than the rounding it names.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from int8qa.errors import ExportError
+
+if TYPE_CHECKING:
+    import onnx
+
+QUANTIZE = "QuantizeLinear"
+DEQUANTIZE = "DequantizeLinear"
+
+
+@dataclass(frozen=True, slots=True)
+class GraphCensus:
+    """What a graph holds, counted; written into the manifest."""
+
+    nodes: int
+    matmuls: int
+    quantized_matmuls: int
+    """MatMuls whose two inputs come from a DequantizeLinear."""
+    quantize_nodes: int
+    dequantize_nodes: int
+
+
+def clean_graph(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Run all passes and check the result.
+
+    Raises:
+        ExportError: the cleaned graph is not valid ONNX.
+    """
+    import onnx
+
+    graph = _Graph(model)
+    graph.lift_constants()
+    graph.fold_casts()
+    graph.drop_identity_casts()
+    graph.fold_quantized_weights()
+    graph.fold_transposed_weights()
+    graph.merge_equal_nodes()
+    graph.drop_unused()
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"the cleaned graph is not valid ONNX: {error}") from error
+    return model
+
+
+def take_census(model: onnx.ModelProto) -> GraphCensus:
+    """Count nodes, GEMMs and Q/DQ pairs of ``model``."""
+    counts = Counter(node.op_type for node in model.graph.node)
+    dequantized = {
+        node.output[0] for node in model.graph.node if node.op_type == DEQUANTIZE
+    }
+    matmuls = [node for node in model.graph.node if node.op_type == "MatMul"]
+    return GraphCensus(
+        nodes=len(model.graph.node),
+        matmuls=len(matmuls),
+        quantized_matmuls=sum(
+            all(name in dequantized for name in node.input) for node in matmuls
+        ),
+        quantize_nodes=counts[QUANTIZE],
+        dequantize_nodes=counts[DEQUANTIZE],
+    )
+
+
+class _Graph:
+    """A graph under rewriting: initializers by name, nodes in order."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.graph = model.graph
+        self.values: dict[str, np.ndarray[Any, Any]] = {}
+        self._read_initializers()
+
+    def _read_initializers(self) -> None:
+        from onnx import numpy_helper
+
+        for tensor in self.graph.initializer:
+            self.values[tensor.name] = numpy_helper.to_array(tensor)
+
+    def _set_value(self, name: str, array: np.ndarray[Any, Any]) -> None:
+        from onnx import numpy_helper
+
+        self.values[name] = array
+        self.graph.initializer.append(numpy_helper.from_array(array, name))
+
+    def _remove(self, dead: list[onnx.NodeProto]) -> None:
+        for node in dead:
+            self.graph.node.remove(node)
+
+    def lift_constants(self) -> None:
+        """Constant nodes become initializers."""
+        from onnx import numpy_helper
+
+        dead = []
+        for node in self.graph.node:
+            if node.op_type == "Constant" and node.attribute[0].name == "value":
+                array = numpy_helper.to_array(node.attribute[0].t)
+                self._set_value(node.output[0], array)
+                dead.append(node)
+        self._remove(dead)
+
+    def fold_casts(self) -> None:
+        """Cast of a constant: ModelOpt writes each zero point that way."""
+        from onnx import helper
+
+        dead = []
+        for node in self.graph.node:
+            if node.op_type == "Cast" and node.input[0] in self.values:
+                dtype = helper.tensor_dtype_to_np_dtype(node.attribute[0].i)
+                self._set_value(
+                    node.output[0], self.values[node.input[0]].astype(dtype)
+                )
+                dead.append(node)
+        self._remove(dead)
+
+    def drop_identity_casts(self) -> None:
+        """Cast to the type a tensor already has: one stands before each Q/DQ.
+
+        Engines that run part of the graph in float16 take such a Cast at its word,
+        and then refuse the MatMul of float16 by float32 behind it.
+        """
+        import onnx
+
+        inferred = onnx.shape_inference.infer_shapes(self.model).graph
+        types = {
+            value.name: value.type.tensor_type.elem_type
+            for value in (*inferred.value_info, *inferred.input)
+        }
+        renames: dict[str, str] = {}
+        dead = []
+        for node in self.graph.node:
+            for index, name in enumerate(node.input):
+                node.input[index] = renames.get(name, name)
+            if (
+                node.op_type == "Cast"
+                and types.get(node.input[0]) == node.attribute[0].i
+            ):
+                renames[node.output[0]] = node.input[0]
+                dead.append(node)
+        self._remove(dead)
+
+    def fold_quantized_weights(self) -> None:
+        """QuantizeLinear of a constant becomes an INT8 constant.
+
+        Rounds half to even and saturates, as ONNX defines QuantizeLinear, so the
+        DequantizeLinear behind it yields the very same values from a quarter of the
+        bytes. Source: ONNX operator specification, QuantizeLinear-13.
+        """
+        dead = []
+        for node in self.graph.node:
+            if node.op_type != QUANTIZE or node.input[0] not in self.values:
+                continue
+            weight = self.values[node.input[0]]
+            scale = self.values[node.input[1]]
+            zero_point = self.values[node.input[2]]
+            axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+            shape = [1] * weight.ndim
+            if scale.ndim:
+                shape[axis] = -1
+            limits = np.iinfo(zero_point.dtype)
+            quantized = np.rint(weight / scale.reshape(shape)) + zero_point.astype(
+                np.float32
+            ).reshape(shape)
+            self._set_value(
+                node.output[0],
+                np.clip(quantized, limits.min, limits.max).astype(zero_point.dtype),
+            )
+            dead.append(node)
+        self._remove(dead)
+
+    def fold_transposed_weights(self) -> None:
+        """Move Transpose(DequantizeLinear(W)) into W, for constant 2-d W."""
+        producers = {node.output[0]: node for node in self.graph.node}
+        uses = Counter(name for node in self.graph.node for name in node.input)
+        dead = []
+        for node in self.graph.node:
+            if node.op_type != "Transpose":
+                continue
+            source = producers.get(node.input[0])
+            if (
+                source is None
+                or source.op_type != DEQUANTIZE
+                or source.input[0] not in self.values
+                or self.values[source.input[0]].ndim != 2
+                or uses[source.output[0]] != 1
+            ):
+                continue
+            name = f"{source.input[0]}_transposed"
+            self._set_value(name, np.ascontiguousarray(self.values[source.input[0]].T))
+            source.input[0] = name
+            for attribute in source.attribute:
+                if attribute.name == "axis":
+                    attribute.i = 1 - attribute.i
+            source.output[0] = node.output[0]
+            dead.append(node)
+        self._remove(dead)
+
+    def merge_equal_nodes(self) -> None:
+        """One node for equal work: the Q/DQ pairs of Q, K and V read one tensor.
+
+        Runs until nothing changes, because a merged QuantizeLinear makes its
+        DequantizeLinears equal.
+        """
+        outputs = {value.name for value in self.graph.output}
+        aliases = self._equal_constants()
+        while True:
+            seen: dict[tuple[Any, ...], onnx.NodeProto] = {}
+            renames: dict[str, str] = {}
+            dead = []
+            for node in self.graph.node:
+                for index, name in enumerate(node.input):
+                    node.input[index] = aliases.get(name, name)
+                if len(node.output) != 1 or node.output[0] in outputs:
+                    continue
+                key = (
+                    node.op_type,
+                    tuple(node.input),
+                    tuple(a.SerializeToString() for a in node.attribute),
+                )
+                if key in seen:
+                    renames[node.output[0]] = seen[key].output[0]
+                    dead.append(node)
+                else:
+                    seen[key] = node
+            if not dead:
+                return
+            self._remove(dead)
+            aliases = renames
+
+    def _equal_constants(self) -> dict[str, str]:
+        """Names of small constants that repeat, each to the first of its kind."""
+        first: dict[tuple[Any, ...], str] = {}
+        aliases: dict[str, str] = {}
+        for name, array in self.values.items():
+            if array.nbytes > 1 << 16:
+                continue
+            key = (array.dtype.str, array.shape, array.tobytes())
+            if key in first:
+                aliases[name] = first[key]
+            else:
+                first[key] = name
+        return aliases
+
+    def drop_unused(self) -> None:
+        """Nodes and initializers that no output needs."""
+        needed = {value.name for value in self.graph.output}
+        dead = []
+        for node in reversed(self.graph.node):
+            if any(name in needed for name in node.output):
+                needed.update(node.input)
+            else:
+                dead.append(node)
+        self._remove(dead)
+        kept: dict[str, Any] = {}
+        for tensor in self.graph.initializer:
+            if tensor.name in needed:
+                kept[tensor.name] = tensor
+        tensors = list(kept.values())
+        del self.graph.initializer[:]
+        self.graph.initializer.extend(tensors)

@@ -1,0 +1,204 @@
+"""A Triton model repository, complete or absent.
+
+In: engines, configurations, contract and manifest of one build. Out: a directory
+that Triton can serve. Everything is written into a staging directory beside the
+target and moved into place by rename, so that no reader ever sees half of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from int8qa.contract import (
+    CONTRACT_FILENAME,
+    MANIFEST_FILENAME,
+    TOKENIZER_FILENAME,
+    Contract,
+    load_contract,
+)
+from int8qa.errors import ContractError, RepositoryError
+
+MODEL_VERSION = "1"
+_OWN_FILES = frozenset({CONTRACT_FILENAME, MANIFEST_FILENAME, TOKENIZER_FILENAME})
+_KEPT_FILES = frozenset({"README.md", ".gitignore", ".gitkeep"})
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_manifest(repository: Path) -> dict[str, Any]:
+    """The manifest of a model repository.
+
+    Raises:
+        RepositoryError: there is none, or it is not JSON.
+    """
+    path = repository / MANIFEST_FILENAME
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise RepositoryError(
+            f"{repository} has no readable manifest: rebuild it with `int8qa build`"
+        ) from error
+    if not isinstance(manifest, dict):
+        raise RepositoryError(f"{path} is not a manifest: rebuild with `int8qa build`")
+    return manifest
+
+
+def find_current(repository: Path, build_id: str) -> Contract | None:
+    """The contract of ``repository`` if it is the whole outcome of ``build_id``.
+
+    Every file is hashed again: a repository that was cut short, edited or copied
+    badly is not current.
+    """
+    try:
+        contract = load_contract(repository)
+        files = read_manifest(repository)["files"]
+        intact = contract.build_id == build_id and all(
+            hash_file(repository / name) == sha256 for name, sha256 in files.items()
+        )
+    except (ContractError, RepositoryError, KeyError, AttributeError, OSError):
+        return None
+    return contract if intact else None
+
+
+class StagedRepository:
+    """A model repository under construction, invisible until published."""
+
+    def __init__(self, directory: Path, target: Path) -> None:
+        self.directory = directory
+        self._target = target
+
+    def model_directory(self, model_name: str) -> Path:
+        """The version directory of a model, made if need be."""
+        path = self.directory / model_name / MODEL_VERSION
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def write_config(self, model_name: str, config: str) -> None:
+        """Write a model's ``config.pbtxt``."""
+        path = self.directory / model_name / "config.pbtxt"
+        path.write_text(config, encoding="utf-8")
+
+    def publish(self, contract: Contract, manifest: dict[str, Any]) -> None:
+        """Seal with contract and manifest, and take the target's place.
+
+        Raises:
+            RepositoryError: the target holds things int8qa did not write, or the
+                file system refused.
+        """
+        contract.save(self.directory)
+        files = {
+            str(path.relative_to(self.directory)): hash_file(path)
+            for path in sorted(self.directory.rglob("*"))
+            if path.is_file()
+        }
+        text = json.dumps({**manifest, "files": files}, indent=2, ensure_ascii=False)
+        (self.directory / MANIFEST_FILENAME).write_text(text + "\n", encoding="utf-8")
+        try:
+            self._exchange()
+        except OSError as error:
+            raise RepositoryError(
+                f"cannot publish {self._target}: {error.strerror} ({error.filename})"
+            ) from error
+
+    def _exchange(self) -> None:
+        previous = _sibling(self._target, "previous")
+        if self._target.exists():
+            for name in _KEPT_FILES:
+                if (self._target / name).is_file():
+                    shutil.copy2(self._target / name, self.directory / name)
+            shutil.rmtree(previous, ignore_errors=True)
+            self._target.rename(previous)
+        # Killed here, the target is absent, never half: the next build finds no
+        # contract and starts over.
+        self.directory.rename(self._target)
+        shutil.rmtree(previous, ignore_errors=True)
+
+
+def _sibling(target: Path, role: str) -> Path:
+    return target.parent / f".{target.name}.{role}"
+
+
+@contextlib.contextmanager
+def stage_repository(target: Path) -> Iterator[StagedRepository]:
+    """Open a staging directory for ``target``; it is gone when the block is left.
+
+    One build at a time: the staging directory is locked for as long as its process
+    lives, and a left-over of a killed build is cleared.
+
+    Raises:
+        RepositoryError: another build is at work, the target is not ours to
+            replace, or the place cannot be written.
+    """
+    import fcntl
+
+    target = target.absolute()
+    staging = _sibling(target, "staging")
+    lock_path = _sibling(target, "lock")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _check_replaceable(target)
+        lock = lock_path.open("w")
+    except OSError as error:
+        raise RepositoryError(
+            f"cannot write beside {target}: {error.strerror}"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RepositoryError(
+                f"another build is writing {target}; wait for it or stop it"
+            ) from None
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+        except OSError as error:
+            raise RepositoryError(
+                f"cannot write {staging}: {error.strerror}"
+            ) from error
+        try:
+            yield StagedRepository(staging, target)
+        except OSError as error:
+            raise RepositoryError(
+                f"writing the model repository failed: {error.strerror or error} "
+                f"({os.fspath(error.filename) if error.filename else staging}); "
+                f"{target} is as it was"
+            ) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+            lock_path.unlink(missing_ok=True)
+
+
+def _check_replaceable(target: Path) -> None:
+    """Refuse to replace a directory that holds anything a build does not write."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise RepositoryError(f"{target} is a file; give a directory")
+    foreign = [
+        entry.name
+        for entry in sorted(target.iterdir())
+        if not (
+            (entry.is_dir() and entry.name.startswith("qa_"))
+            or entry.name in _OWN_FILES | _KEPT_FILES
+        )
+    ]
+    if foreign:
+        raise RepositoryError(
+            f"{target} holds {', '.join(foreign[:3])}, which int8qa did not write and "
+            f"will not replace; give an empty directory with --model-repository"
+        )

@@ -1,0 +1,90 @@
+"""``config.pbtxt`` through Triton's own protobuf, never through string templates.
+
+In: names, shapes and limits of one model. Out: a validated ``ModelConfig`` as text
+that Triton's parser reads back to the same message.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from int8qa.contract import END_LOGITS, START_LOGITS, Precision
+from int8qa.errors import RepositoryError
+
+QUEUE_TIMEOUT_US = 60_000_000
+"""Longest a request may wait inside Triton, microseconds; callers send their own,
+shorter deadline with each request."""
+
+
+def openvino_model_config(
+    precision: Precision,
+    *,
+    inputs: Sequence[str],
+    sequence_buckets: Sequence[int],
+    batch_sizes: Sequence[int],
+    inference_precision_hint: str,
+) -> str:
+    """The configuration of one OpenVINO model in Triton's Python backend.
+
+    Dynamic batching with zero delay: a lone gateway has batched already, and the
+    batches of several gateways merge while the engine is busy.
+
+    Returns:
+        Protobuf text format.
+
+    Raises:
+        RepositoryError: Triton's protobuf would not take the values.
+    """
+    from google.protobuf import json_format, text_format
+    from tritonclient.grpc import model_config_pb2
+
+    message: dict[str, Any] = {
+        "name": precision.model_name,
+        "backend": "python",
+        "max_batch_size": max(batch_sizes),
+        "input": [
+            {"name": name, "data_type": "TYPE_INT32", "dims": [-1]} for name in inputs
+        ],
+        "output": [
+            {"name": name, "data_type": "TYPE_FP32", "dims": [-1]}
+            for name in (START_LOGITS, END_LOGITS)
+        ],
+        "instance_group": [{"count": 1, "kind": "KIND_CPU"}],
+        "dynamic_batching": {
+            "default_queue_policy": {
+                "timeout_action": "REJECT",
+                "default_timeout_microseconds": QUEUE_TIMEOUT_US,
+                "allow_timeout_override": True,
+            }
+        },
+        "parameters": {
+            "engine": {"string_value": "openvino"},
+            "inference_precision_hint": {"string_value": inference_precision_hint},
+            "sequence_buckets": {"string_value": json.dumps(list(sequence_buckets))},
+            "batch_sizes": {"string_value": json.dumps(list(batch_sizes))},
+        },
+    }
+    try:
+        config = json_format.ParseDict(message, model_config_pb2.ModelConfig())
+    except json_format.ParseError as error:
+        raise RepositoryError(
+            f"Triton's protobuf refused the config: {error}"
+        ) from error
+    return str(text_format.MessageToString(config))
+
+
+def parse_config(text: str) -> Any:
+    """Read a ``config.pbtxt`` back into Triton's ``ModelConfig``.
+
+    Raises:
+        RepositoryError: it is not one.
+    """
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2
+
+    try:
+        return text_format.Parse(text, model_config_pb2.ModelConfig())
+    except text_format.ParseError as error:
+        raise RepositoryError(f"not a Triton model configuration: {error}") from error
