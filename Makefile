@@ -1,0 +1,51 @@
+# int8qa: three words to learn are `make up`, `make test` and `make check`.
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PYTHONUNBUFFERED := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install up test check bench golden lock settings clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+install: ## create .venv and install everything, pinned
+	@scripts/install $(VENV)
+
+up: install ## build the demo models if need be, start Triton and the gateway on 127.0.0.1:8080
+	@exec $(BIN)/int8qa up
+
+test: install ## the whole test suite
+	@$(BIN)/python -m pytest
+
+check: install ## formatting, lint, types, import rules, generated docs
+	@$(BIN)/ruff format --check service tests
+	@$(BIN)/ruff check service tests
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python scripts/generate_settings_table.py --check
+
+bench: install ## engine latency by precision on this machine, and the build's report
+	@$(BIN)/int8qa build --force --model-repository $(or $(TMPDIR),/tmp)/int8qa-bench
+
+golden: ## remake the reader's golden answers (needs transformers 5.2, see tests/golden/README.md)
+	@echo "see tests/golden/README.md"; exit 1
+
+lock: ## resolve requirements.lock anew (needs uv)
+	@UV_PYTHON_DOWNLOADS=never uv pip compile pyproject.toml --extra build --extra cpu --extra dev \
+	  --universal --python-version 3.10 --generate-hashes --no-header --no-annotate \
+	  $(foreach p,$(NOT_LOCKED),--no-emit-package $(p)) --output-file requirements.lock --quiet --upgrade
+
+settings: install ## write the README's settings table and .env from the code
+	@$(BIN)/python scripts/generate_settings_table.py
+
+clean: ## remove the environment and built models
+	@rm -rf $(VENV) model_repository/contract.json model_repository/manifest.json \
+	  model_repository/tokenizer.json model_repository/qa_*/1 .mypy_cache .ruff_cache .pytest_cache
+
+# torch is pinned in pyproject.toml: its wheels, and with them their hashes and the
+# CUDA packages they need, differ by build.
+NOT_LOCKED := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas \
+  nvidia-cuda-cupti nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft \
+  nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 \
+  nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
