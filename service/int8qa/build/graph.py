@@ -140,6 +140,7 @@ class _Graph:
             value.name: value.type.tensor_type.elem_type
             for value in (*inferred.value_info, *inferred.input)
         }
+        outputs = {value.name for value in self.graph.output}
         renames: dict[str, str] = {}
         dead = []
         for node in self.graph.node:
@@ -148,6 +149,7 @@ class _Graph:
             if (
                 node.op_type == "Cast"
                 and types.get(node.input[0]) == node.attribute[0].i
+                and node.output[0] not in outputs
             ):
                 renames[node.output[0]] = node.input[0]
                 dead.append(node)
@@ -162,14 +164,18 @@ class _Graph:
         """
         dead = []
         for node in self.graph.node:
-            if node.op_type != QUANTIZE or node.input[0] not in self.values:
+            if (
+                node.op_type != QUANTIZE
+                or len(node.input) != 3
+                or any(name not in self.values for name in node.input)
+            ):
                 continue
             weight = self.values[node.input[0]]
             scale = self.values[node.input[1]]
             zero_point = self.values[node.input[2]]
             axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
             shape = [1] * weight.ndim
-            if scale.ndim:
+            if scale.size > 1:
                 shape[axis] = -1
             limits = np.iinfo(zero_point.dtype)
             quantized = np.rint(weight / scale.reshape(shape)) + zero_point.astype(
@@ -184,11 +190,15 @@ class _Graph:
 
     def fold_transposed_weights(self) -> None:
         """Move Transpose(DequantizeLinear(W)) into W, for constant 2-d W."""
+        from onnx import helper
+
         producers = {node.output[0]: node for node in self.graph.node}
         uses = Counter(name for node in self.graph.node for name in node.input)
+        uses.update(value.name for value in self.graph.output)
         dead = []
         for node in self.graph.node:
-            if node.op_type != "Transpose":
+            order = [list(a.ints) for a in node.attribute if a.name == "perm"]
+            if node.op_type != "Transpose" or order not in ([], [[1, 0]]):
                 continue
             source = producers.get(node.input[0])
             if (
@@ -202,9 +212,9 @@ class _Graph:
             name = f"{source.input[0]}_transposed"
             self._set_value(name, np.ascontiguousarray(self.values[source.input[0]].T))
             source.input[0] = name
-            for attribute in source.attribute:
-                if attribute.name == "axis":
-                    attribute.i = 1 - attribute.i
+            axis = next((a.i for a in source.attribute if a.name == "axis"), 1)
+            del source.attribute[:]
+            source.attribute.append(helper.make_attribute("axis", 1 - axis % 2))
             source.output[0] = node.output[0]
             dead.append(node)
         self._remove(dead)

@@ -166,6 +166,43 @@ def build_repository(
     return BuildOutcome(contract, manifest, cached=False)
 
 
+def is_demo(repository: Path) -> bool:
+    """Whether ``repository`` came from default options, whatever its age.
+
+    Such a one may be rebuilt without asking; any other is its owner's.
+    """
+    try:
+        inputs = read_manifest(repository)["inputs"]
+    except (BuildError, KeyError):
+        return False
+    options = BuildOptions()
+    files = resolve_checkpoint(options.checkpoint)
+    return isinstance(inputs, dict) and all(
+        inputs.get(name) == value for name, value in _choices(options, files).items()
+    )
+
+
+def _choices(options: BuildOptions, files: CheckpointFiles) -> dict[str, Any]:
+    """What a user chose, apart from what the files and the machine made of it."""
+    return {
+        "checkpoint": files.name,
+        "recipe": options.recipe,
+        "calibrator": options.calibrator.name,
+        "calibration_limit": options.calibration_limit,
+        "calibration_data": _data_name(options.calibration_data, "calibration"),
+        "evaluation_limit": options.evaluation_limit,
+        "evaluation_data": _data_name(options.evaluation_data, "evaluation"),
+        "gate": options.gate,
+        "target": "openvino",
+    }
+
+
+def _data_name(path: Path, split: str) -> str:
+    """``own`` for the project's questions, else the file's name."""
+    own = questions_file(split)
+    return "own" if path.resolve() == own.resolve() else path.name
+
+
 def _check_options(options: BuildOptions) -> None:
     if options.recipe not in RECIPES:
         raise BuildError(
@@ -192,17 +229,11 @@ def _identify(
             f"the build stage needs {error.name}: pip install 'int8qa[build,cpu]'"
         ) from error
     identity = {
+        **_choices(options, files),
         "manifest_version": MANIFEST_VERSION,
-        "checkpoint": files.name,
         "checkpoint_sha256": files.sha256,
-        "recipe": options.recipe,
-        "calibrator": options.calibrator.name,
         "calibration_sha256": hash_file(options.calibration_data),
-        "calibration_limit": options.calibration_limit,
         "evaluation_sha256": hash_file(options.evaluation_data),
-        "evaluation_limit": options.evaluation_limit,
-        "gate": options.gate,
-        "target": "openvino",
         "versions": versions,
         "code_sha256": _hash_code(),
         "machine": f"{platform.machine()} {' '.join(_cpu_features())}",

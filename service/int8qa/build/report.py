@@ -34,7 +34,7 @@ class BuildProgress:
 
     def say(self, text: str) -> None:
         """A remark between stages."""
-        self._console.print(text, soft_wrap=True)
+        self._console.print(text, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def stage(self, title: str, *, steps: int | None = None) -> Iterator[Tick]:

@@ -21,6 +21,7 @@ from int8qa.contract import (
     MANIFEST_FILENAME,
     TOKENIZER_FILENAME,
     Contract,
+    Precision,
     load_contract,
 )
 from int8qa.errors import ContractError, RepositoryError
@@ -28,6 +29,7 @@ from int8qa.errors import ContractError, RepositoryError
 MODEL_VERSION = "1"
 _OWN_FILES = frozenset({CONTRACT_FILENAME, MANIFEST_FILENAME, TOKENIZER_FILENAME})
 _KEPT_FILES = frozenset({"README.md", ".gitignore", ".gitkeep"})
+_MODEL_NAMES = frozenset(precision.model_name for precision in Precision)
 
 
 def hash_file(path: Path) -> str:
@@ -66,8 +68,12 @@ def find_current(repository: Path, build_id: str) -> Contract | None:
     try:
         contract = load_contract(repository)
         files = read_manifest(repository)["files"]
-        intact = contract.build_id == build_id and all(
-            hash_file(repository / name) == sha256 for name, sha256 in files.items()
+        intact = (
+            contract.build_id == build_id
+            and CONTRACT_FILENAME in files
+            and all(
+                hash_file(repository / name) == sha256 for name, sha256 in files.items()
+            )
         )
     except (ContractError, RepositoryError, KeyError, AttributeError, OSError):
         return None
@@ -107,6 +113,8 @@ class StagedRepository:
         }
         text = json.dumps({**manifest, "files": files}, indent=2, ensure_ascii=False)
         (self.directory / MANIFEST_FILENAME).write_text(text + "\n", encoding="utf-8")
+        # Again: a build takes minutes, and the owner may have used them.
+        _check_replaceable(self._target)
         try:
             self._exchange()
         except OSError as error:
@@ -122,14 +130,25 @@ class StagedRepository:
                     shutil.copy2(self._target / name, self.directory / name)
             shutil.rmtree(previous, ignore_errors=True)
             self._target.rename(previous)
-        # Killed here, the target is absent, never half: the next build finds no
-        # contract and starts over.
-        self.directory.rename(self._target)
+        # Killed here, the target is absent, never half; the next build begins by
+        # putting the previous one back.
+        try:
+            self.directory.rename(self._target)
+        except OSError:
+            _restore_previous(self._target)
+            raise
         shutil.rmtree(previous, ignore_errors=True)
 
 
 def _sibling(target: Path, role: str) -> Path:
     return target.parent / f".{target.name}.{role}"
+
+
+def _restore_previous(target: Path) -> None:
+    """Undo the first half of an exchange whose second half never came."""
+    previous = _sibling(target, "previous")
+    if previous.is_dir() and not target.exists():
+        previous.rename(target)
 
 
 @contextlib.contextmanager
@@ -143,27 +162,13 @@ def stage_repository(target: Path) -> Iterator[StagedRepository]:
         RepositoryError: another build is at work, the target is not ours to
             replace, or the place cannot be written.
     """
-    import fcntl
-
-    target = target.absolute()
+    # Resolved: a link to another disk stays one, and the renames happen over there.
+    target = target.resolve()
     staging = _sibling(target, "staging")
-    lock_path = _sibling(target, "lock")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _check_replaceable(target)
-        lock = lock_path.open("w")
-    except OSError as error:
-        raise RepositoryError(
-            f"cannot write beside {target}: {error.strerror}"
-        ) from error
-    with lock:
+    with _lock(target):
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RepositoryError(
-                f"another build is writing {target}; wait for it or stop it"
-            ) from None
-        try:
+            _restore_previous(target)
+            _check_replaceable(target)
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
         except OSError as error:
@@ -180,7 +185,36 @@ def stage_repository(target: Path) -> Iterator[StagedRepository]:
             ) from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-            lock_path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _lock(target: Path) -> Iterator[None]:
+    """Hold the lock file beside ``target``, which the kernel frees with its process."""
+    import fcntl
+
+    path = _sibling(target, "lock")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+    except OSError as error:
+        raise RepositoryError(
+            f"cannot write beside {target}: {error.strerror}"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its former owner may have removed the file after we opened it; a lock
+            # on a removed file keeps nobody out.
+            if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError):
+            raise RepositoryError(
+                f"another build is writing {target}; wait for it or stop it"
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _check_replaceable(target: Path) -> None:
@@ -193,8 +227,8 @@ def _check_replaceable(target: Path) -> None:
         entry.name
         for entry in sorted(target.iterdir())
         if not (
-            (entry.is_dir() and entry.name.startswith("qa_"))
-            or entry.name in _OWN_FILES | _KEPT_FILES
+            (entry.is_dir() and entry.name in _MODEL_NAMES)
+            or (entry.is_file() and entry.name in _OWN_FILES | _KEPT_FILES)
         )
     ]
     if foreign:

@@ -1,0 +1,78 @@
+"""The whole service in one process tree: an embedded Triton and the gateway.
+
+In: settings and a complete model repository. Out: a gateway on its port, answering
+through a Triton that this process starts, watches and stops. What ``int8qa up`` runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+from int8qa.contract import TOKENIZER_FILENAME, load_contract
+from int8qa.embedded import TritonSupervisor, locate_triton
+from int8qa.gateway.app import create_app, run_server
+from int8qa.gateway.triton import TritonEngine
+from int8qa.reader.tokenizer import ReaderTokenizer
+from int8qa.settings import Settings
+
+
+async def run_stack(
+    settings: Settings,
+    listener: socket.socket,
+    *,
+    on_ready: Callable[[str], None],
+) -> None:
+    """Run Triton and the gateway until SIGINT or SIGTERM.
+
+    Args:
+        settings: of the process; ``triton.url`` is ours to choose here.
+        listener: the gateway's socket, bound before anything was started.
+        on_ready: called once with the base URL, when all models can be asked.
+
+    Raises:
+        MissingDependencyError: there is no Triton to run here.
+        EmbeddedTritonError: Triton did not become ready; its own reason is given.
+        ContractError: the model repository is incomplete.
+    """
+    installation = locate_triton()
+    contract = load_contract(settings.model_repository)
+    tokenizer = ReaderTokenizer.from_file(
+        settings.model_repository / TOKENIZER_FILENAME
+    )
+    supervisor = TritonSupervisor(
+        installation=installation,
+        model_repository=settings.model_repository,
+        settings=settings.embedded,
+    )
+    try:
+        with _cancelled_by_signals():
+            await supervisor.start()
+        engine = TritonEngine(supervisor.grpc_url, contract)
+        app = create_app(settings, contract, tokenizer, engine)
+        await run_server(app, listener, on_ready=on_ready)
+    except asyncio.CancelledError:
+        # A signal during start-up: what was started is stopped below, and there is
+        # nobody left to tell.
+        return
+    finally:
+        await supervisor.stop()
+
+
+@contextlib.contextmanager
+def _cancelled_by_signals() -> Iterator[None]:
+    """Until the server handles them itself, SIGINT and SIGTERM cancel this task."""
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    assert task is not None
+    handled = (signal.SIGINT, signal.SIGTERM)
+    for number in handled:
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        yield
+    finally:
+        for number in handled:
+            loop.remove_signal_handler(number)
