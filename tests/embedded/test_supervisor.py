@@ -1,0 +1,272 @@
+"""A real Triton under supervision: start, answer, die, come back, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc.aio as triton
+
+import int8qa
+from int8qa.embedded import TritonState, TritonSupervisor, locate_triton
+from int8qa.embedded.guard import SHARED_MEMORY, iter_group
+from int8qa.embedded.launch import pick_free_port
+from int8qa.embedded.supervisor import RestartBackoff
+from int8qa.errors import EmbeddedTritonError, MissingDependencyError
+from int8qa.settings import EmbeddedSettings
+
+from .conftest import HANG_HOLDING_THE_GIL, MakeRepository
+
+LIMIT_S = 60.0
+SETTINGS = EmbeddedSettings(
+    start_timeout_s=LIMIT_S, stop_timeout_s=5.0, max_restart_delay_s=0.1
+)
+
+
+def make_supervisor(
+    repository: Path, settings: EmbeddedSettings = SETTINGS, **ports: int
+) -> TritonSupervisor:
+    """A supervisor of the installed Triton; skipped where there is none."""
+    try:
+        installation = locate_triton()
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+    return TritonSupervisor(
+        installation=installation,
+        model_repository=repository,
+        settings=settings,
+        **ports,
+    )
+
+
+async def ask(url: str) -> tuple[list[float], list[float]]:
+    """Send one window of three tokens and return both rows of logits."""
+    async with triton.InferenceServerClient(url) as client:
+        inputs = []
+        for name, row in (("input_ids", [1, 2, 3]), ("attention_mask", [4, 5, 6])):
+            tensor = triton.InferInput(name, [1, 3], "INT32")
+            tensor.set_data_from_numpy(np.array([row], np.int32))
+            inputs.append(tensor)
+        result = await client.infer("echo", inputs)
+        start, end = (result.as_numpy(n) for n in ("start_logits", "end_logits"))
+        return start[0].tolist(), end[0].tolist()
+
+
+def find_process(group: int, name: str) -> int:
+    """The process id of the group's one process of this (kernel) name."""
+    (found,) = (p.pid for p in iter_group(group) if p.name == name)
+    return found
+
+
+def list_shared_memory(pid: int) -> list[Path]:
+    """Shared-memory regions made on behalf of a process of ours."""
+    return list(SHARED_MEMORY.glob(f"int8qa-*-{pid}-*"))
+
+
+async def wait_until_empty(group: int) -> None:
+    """Return once no process of the group lives."""
+    while any(iter_group(group)):  # noqa: ASYNC110 - another program's processes
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.triton
+async def test_killed_triton_comes_back_on_the_same_port(
+    make_repository: MakeRepository, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whichever process dies, the same address answers again; stop leaves nothing."""
+    caplog.set_level("INFO", logger="int8qa.triton")
+    settings = SETTINGS.model_copy(update={"engine_threads": 2})
+    supervisor = make_supervisor(make_repository(), settings)
+    groups = []
+    async with supervisor:
+        url = supervisor.grpc_url
+        assert await ask(url) == ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
+
+        for restart, name in enumerate(
+            ("tritonserver", "triton_python_b", "guard"), start=1
+        ):
+            group = supervisor.process_group
+            assert group is not None
+            groups.append(group)
+            victim = group if name == "guard" else find_process(group, name)
+            if name == "guard":  # and a stub hangs, so that the output stays open
+                os.kill(find_process(group, "triton_python_b"), signal.SIGSTOP)
+            os.kill(victim, signal.SIGKILL)
+            await asyncio.wait_for(
+                supervisor.wait_for_state(TritonState.READY, min_restarts=restart),
+                LIMIT_S,
+            )
+            await asyncio.wait_for(wait_until_empty(group), LIMIT_S)
+
+            assert supervisor.grpc_url == url
+            assert await ask(url) == ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
+        assert len(list_shared_memory(os.getpid())) == 1
+        assert supervisor.process_group is not None
+        groups.append(supervisor.process_group)
+
+    assert supervisor.state is TritonState.STOPPED
+    assert supervisor.restarts == 3
+    assert not [p for group in groups for p in iter_group(group)]
+    assert not list_shared_memory(os.getpid())
+    assert "engine threads 2" in caplog.messages
+    assert any("Started GRPCInferenceService" in text for text in caplog.messages)
+
+
+@pytest.mark.triton
+async def test_model_that_does_not_load_gives_its_reason(
+    make_repository: MakeRepository,
+) -> None:
+    """The error carries the exception of the model's own code."""
+    repository = make_repository(
+        "oops", on_initialize='raise RuntimeError("engine file is missing")'
+    )
+    supervisor = make_supervisor(repository)
+
+    with pytest.raises(
+        EmbeddedTritonError, match=r"model oops does not load.*engine file is missing"
+    ):
+        await supervisor.start()
+
+    assert supervisor.state is TritonState.STOPPED
+    assert not list_shared_memory(os.getpid())
+
+
+@pytest.mark.triton
+async def test_slow_model_runs_into_the_start_timeout(
+    make_repository: MakeRepository,
+) -> None:
+    """The error names the limit and carries the last lines of the log."""
+    repository = make_repository(on_initialize=HANG_HOLDING_THE_GIL)
+    settings = SETTINGS.model_copy(update={"start_timeout_s": 1.0})
+    supervisor = make_supervisor(repository, settings)
+
+    with pytest.raises(EmbeddedTritonError, match=r"within 1 s.*engine threads"):
+        await supervisor.start()
+
+    assert not list_shared_memory(os.getpid())
+
+
+@pytest.mark.triton
+async def test_stop_interrupts_a_start(make_repository: MakeRepository) -> None:
+    """A start that is still waiting ends at once, and so does its Triton."""
+    supervisor = make_supervisor(make_repository(on_initialize=HANG_HOLDING_THE_GIL))
+    starting = asyncio.create_task(supervisor.start())
+    while not list_shared_memory(os.getpid()):
+        await asyncio.sleep(0.02)
+        assert not starting.done()
+
+    await asyncio.wait_for(supervisor.stop(), LIMIT_S)
+
+    with pytest.raises(EmbeddedTritonError, match="stopped while it was starting"):
+        await starting
+    assert supervisor.state is TritonState.STOPPED
+    assert not list_shared_memory(os.getpid())
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("purpose", ["grpc_port", "metrics_port"])
+async def test_taken_port_is_named(
+    make_repository: MakeRepository, purpose: str
+) -> None:
+    """A fixed port of another process is refused before anything starts."""
+    port = pick_free_port()
+    server = await asyncio.start_server(lambda *_: None, "127.0.0.1", port)
+    supervisor = make_supervisor(make_repository(), **{purpose: port})
+
+    async with server:
+        with pytest.raises(EmbeddedTritonError, match=rf"port {port} .*in use"):
+            await supervisor.start()
+
+
+async def test_absent_repository_is_named(tmp_path: Path) -> None:
+    """The message says how to make a model repository."""
+    supervisor = make_supervisor(tmp_path / "absent")
+
+    with pytest.raises(EmbeddedTritonError, match=r"absent.*int8qa build"):
+        await supervisor.start()
+
+
+PARENT = """
+import asyncio, sys
+from pathlib import Path
+from int8qa.embedded import TritonSupervisor, locate_triton
+from int8qa.settings import EmbeddedSettings
+
+async def main():
+    supervisor = TritonSupervisor(
+        installation=locate_triton(),
+        model_repository=Path(sys.argv[1]),
+        settings=EmbeddedSettings(stop_timeout_s=3.0),
+    )
+    await supervisor.start()
+    print(supervisor.process_group, supervisor.grpc_url, flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "hanging"])
+async def test_nothing_outlives_a_killed_parent(
+    make_repository: MakeRepository, busy: bool
+) -> None:
+    """SIGKILL to int8qa ends server and stubs, also one that hangs in native code."""
+    make_supervisor(Path())  # skips where there is no Triton
+    repository = make_repository(on_execute=HANG_HOLDING_THE_GIL if busy else "pass")
+    source_root = Path(int8qa.__file__).parents[1]
+    parent = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        PARENT,
+        str(repository),
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(source_root)},
+    )
+    assert parent.stdout is not None
+    line = await asyncio.wait_for(parent.stdout.readline(), LIMIT_S)
+    group, url = int(line.split()[0]), line.split()[1].decode()
+    assert {p.name for p in iter_group(group)} >= {"tritonserver", "triton_python_b"}
+    asking = asyncio.create_task(ask(url)) if busy else None
+    if busy:
+        await asyncio.sleep(0.5)
+
+    parent.kill()
+    await parent.wait()
+    await asyncio.wait_for(wait_until_empty(group), LIMIT_S)
+
+    assert not list_shared_memory(parent.pid)
+    if asking is not None:
+        with pytest.raises(triton.InferenceServerException):
+            await asking
+
+
+def test_backoff_doubles_up_to_its_bound_and_forgets() -> None:
+    """Delays grow to the bound; a healthy while starts them anew."""
+    backoff = RestartBackoff(
+        max_delay_s=3.0,
+        first_delay_s=0.5,
+        healthy_after_s=30.0,
+        uniform=lambda low, high: high,
+    )
+
+    assert [backoff.next_delay_s(0.0) for _ in range(5)] == [0.5, 1.0, 2.0, 3.0, 3.0]
+    assert backoff.next_delay_s(29.9) == 3.0
+    assert backoff.next_delay_s(30.0) == 0.5
+
+
+def test_backoff_jitter_stays_within_half_and_whole() -> None:
+    """Jitter never lengthens a delay and never more than halves it."""
+    for share in (0.5, 1.0):
+        backoff = RestartBackoff(
+            max_delay_s=8.0, first_delay_s=2.0, uniform=lambda low, high, s=share: s
+        )
+        assert backoff.next_delay_s(0.0) == 2.0 * share
+    assert (
+        1.0 <= RestartBackoff(max_delay_s=8.0, first_delay_s=2.0).next_delay_s(0) <= 2
+    )
