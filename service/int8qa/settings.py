@@ -38,13 +38,6 @@ class TritonSettings(_Group):
         description="host:port of Triton's gRPC endpoint; `int8qa up` sets its own",
         pattern=r"^[^\s/]+:\d{1,5}$",
     )
-    connect_timeout_s: float = Field(
-        default=60.0,
-        ge=0,
-        le=600,
-        description="how long start-up waits for Triton before it begins to serve "
-        "503s; larger survives a slow model load, smaller fails sooner",
-    )
     probe_interval_s: float = Field(
         default=0.5,
         gt=0,

@@ -1,0 +1,271 @@
+"""The outermost layer of every HTTP request, in plain ASGI.
+
+In: ASGI messages. Out: the same, with a request id, security headers, a bounded
+body, and at the end one metric and one log line; no exception leaves it. Also the
+watch for clients that leave. Knows no routes and no questions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import time
+import uuid
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from int8qa.errors import InputTooLargeError
+from int8qa.gateway.logs import describe_exception, get_logger
+from int8qa.gateway.problems import CLIENT_CLOSED_REQUEST, Problem, describe_problem
+from int8qa.gateway.telemetry import (
+    NO_PRECISION,
+    OTHER_ROUTE,
+    STAGES,
+    RequestRecord,
+    Telemetry,
+)
+from int8qa.gateway.waiting import finish_within
+
+T = TypeVar("T")
+
+_SANE_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+_LINGER_S = 5.0
+_LINGER_BYTES = 64 * 2**20
+
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection before its answer was ready."""
+
+
+class RequestEdge:
+    """ASGI middleware; one per application."""
+
+    def __init__(
+        self, app: ASGIApp, *, telemetry: Telemetry, max_body_bytes: int
+    ) -> None:
+        self._app = app
+        self._telemetry = telemetry
+        self._max_body_bytes = max_body_bytes
+        self._log = get_logger()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.monotonic()
+        headers = Headers(scope=scope)
+        record = RequestRecord(
+            request_id=choose_request_id(headers.get("x-request-id")),
+            method=scope["method"],
+        )
+        scope.setdefault("state", {})["record"] = record
+        body = _BoundedBody(receive, headers, self._max_body_bytes)
+
+        send_decorated = _decorate_send(send, record, body)
+        try:
+            await self._app(scope, body.receive, send_decorated)
+        except (ClientGoneError, ClientDisconnect):
+            record.status = CLIENT_CLOSED_REQUEST
+            record.outcome = "cancelled"
+        except asyncio.CancelledError:
+            record.outcome = "cancelled"
+            raise
+        except Exception as error:  # noqa: BLE001 - the last edge; logged below
+            began = record.status != 0
+            problem = describe_problem(error)
+            note_problem(record, problem, error)
+            if not began:
+                response = problem.to_response(record.request_id)
+                await response(scope, receive, send_decorated)
+        finally:
+            record.route = _label_route(scope)
+            seconds = time.monotonic() - started
+            self._telemetry.observe_request(record, seconds)
+            self._write_line(record, seconds)
+
+    def _write_line(self, record: RequestRecord, seconds: float) -> None:
+        fields = _list_log_fields(record, seconds)
+        if record.failure is not None:
+            self._log.error("request", **fields)
+        elif record.status >= 500:
+            self._log.warning("request", **fields)
+        elif record.route in _QUIET_ROUTES and record.status < 400:
+            self._log.debug("request", **fields)
+        else:
+            self._log.info("request", **fields)
+
+
+_QUIET_ROUTES = frozenset({"/live", "/ready", "/metrics"})
+"""Asked every few seconds by machines; their successes are worth a debug line."""
+
+
+def note_problem(record: RequestRecord, problem: Problem, error: BaseException) -> None:
+    """Let the metrics and the log line of a request say how it failed."""
+    record.status = problem.kind.status
+    record.outcome = problem.kind.outcome
+    record.problem = problem.kind.slug
+    if problem.kind.status in (500, 502):
+        record.failure = describe_exception(error)
+
+
+def choose_request_id(offered: str | None) -> str:
+    """The client's request id if it is 1 to 128 visible ASCII characters, else ours."""
+    if offered is not None and _SANE_REQUEST_ID.fullmatch(offered):
+        return offered
+    return uuid.uuid4().hex
+
+
+async def run_until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Run ``work``, and cancel it when the client leaves.
+
+    The body must have been read: what ``receive`` then gives is the disconnect.
+
+    Raises:
+        ClientGoneError: the client left first.
+    """
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_wait_for_disconnect(receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGoneError
+    finally:
+        for pending in (task, watcher):
+            pending.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+
+
+class _BoundedBody:
+    """A request's body, counted while it is read."""
+
+    def __init__(self, receive: Receive, headers: Headers, limit: int) -> None:
+        self._receive = receive
+        self._declared = headers.get("content-length", "")
+        # Such a client waits for leave to send, and will not get it.
+        self._waits = "expect" in headers
+        self._limit = limit
+        self._received = 0
+        self._refused = False
+
+    async def receive(self) -> Message:
+        """Pass a message on.
+
+        Raises:
+            InputTooLargeError: more is declared, or was sent, than is allowed.
+        """
+        if self._declared.isdecimal() and int(self._declared) > self._limit:
+            self._refused = True
+            raise _build_too_large(f"{self._declared} bytes", self._limit)
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._received += len(message.get("body", b""))
+            if self._received > self._limit:
+                self._refused = True
+                raise _build_too_large(f"more than {self._limit} bytes", self._limit)
+        return message
+
+    @property
+    def refused(self) -> bool:
+        """Whether a client may still be sending what nobody will read."""
+        return self._refused and not self._waits
+
+    async def discard(self) -> None:
+        """Read on for a bounded while, and keep nothing.
+
+        Closing on a client that still sends would reset the connection, and the
+        reset may overtake the response.
+        """
+        with contextlib.suppress(asyncio.TimeoutError):
+            await finish_within(self._discard(), _LINGER_S)
+
+    async def _discard(self) -> None:
+        discarded = 0
+        while discarded < _LINGER_BYTES:
+            message = await self._receive()
+            discarded += len(message.get("body", b""))
+            if message["type"] != "http.request" or not message.get("more_body"):
+                return
+
+
+def _decorate_send(send: Send, record: RequestRecord, body: _BoundedBody) -> Send:
+    async def send_decorated(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            record.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["X-Request-Id"] = record.request_id
+            for name, value in SECURITY_HEADERS.items():
+                headers.setdefault(name, value)
+            if record.stages is not None:
+                headers["Server-Timing"] = _format_timing(record)
+        elif body.refused and not message.get("more_body"):
+            await send({**message, "more_body": True})
+            await body.discard()
+            message = {"type": "http.response.body", "body": b""}
+        await send(message)
+
+    return send_decorated
+
+
+def _build_too_large(measured: str, limit: int) -> InputTooLargeError:
+    return InputTooLargeError(
+        "body",
+        f"the body has {measured[:40]}; allowed are {limit}. Send less at once, or "
+        f"raise INT8QA_LIMITS__MAX_BODY_BYTES",
+    )
+
+
+def _list_log_fields(record: RequestRecord, seconds: float) -> dict[str, object]:
+    fields: dict[str, object] = {
+        "request_id": record.request_id,
+        "method": record.method,
+        "route": record.route,
+        "status": record.status,
+        "outcome": record.outcome,
+        "problem": record.problem,
+        "precision": None if record.precision == NO_PRECISION else record.precision,
+        "items": record.items,
+        "windows": record.windows or None,
+        "question_chars": record.question_chars or None,
+        "context_chars": record.context_chars or None,
+        "total_ms": round(seconds * 1e3, 3),
+        "failure": record.failure,
+    }
+    if record.stages is not None:
+        for stage in STAGES:
+            fields[f"{stage}_ms"] = round(getattr(record.stages, stage) * 1e3, 3)
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _label_route(scope: Scope) -> str:
+    path = getattr(scope.get("route"), "path", None)
+    if isinstance(path, str):
+        return path
+    known: frozenset[str] = getattr(scope["app"].state, "plain_paths", frozenset())
+    return scope["path"] if scope["path"] in known else OTHER_ROUTE
+
+
+def _format_timing(record: RequestRecord) -> str:
+    return ", ".join(
+        f"{stage};dur={getattr(record.stages, stage) * 1e3:.3f}" for stage in STAGES
+    )

@@ -1,0 +1,251 @@
+"""Every metric of the gateway, declared once.
+
+In: what the edges of a request and of a batch observed. Out: the Prometheus text
+of ``GET /metrics``, from a registry that belongs to one application. Label values
+come from closed sets. Knows no HTTP status and no text of a user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+
+from int8qa.contract import Contract, Precision
+
+SECONDS_BUCKETS = (
+    0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075,
+    0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 30.0,
+    60.0,
+)  # fmt: skip
+"""Upper bounds in seconds: a 1 ms GPU answer and a 60 s document both resolve."""
+
+WINDOWS_BUCKETS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0, 128.0)
+RATIO_BUCKETS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+STAGES = ("tokenize", "queue", "inference", "decode")
+NO_PRECISION = "none"
+"""Precision label of requests that never got as far as choosing one."""
+OTHER_ROUTE = "other"
+"""Route label of every path that is no route of ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageSeconds:
+    """Durations of one request's stages in one precision, in seconds.
+
+    ``queue`` runs from submission to the dispatch of the request's first window,
+    ``inference`` from there until the logits of its last window are back: wall
+    spans that follow each other, so that the stages add up to the total.
+    """
+
+    tokenize: float
+    queue: float
+    inference: float
+    decode: float
+
+    @property
+    def total(self) -> float:
+        return self.tokenize + self.queue + self.inference + self.decode
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What one HTTP request is measured and logged by; filled as it goes along."""
+
+    request_id: str
+    method: str
+    route: str = OTHER_ROUTE
+    precision: str = NO_PRECISION
+    status: int = 0
+    outcome: str = "ok"
+    problem: str | None = None
+    """Slug of the problem the request ended with."""
+    items: int | None = None
+    windows: int = 0
+    question_chars: int = 0
+    context_chars: int = 0
+    stages: StageSeconds | None = None
+    failure: list[str] | None = None
+    """For the log: what went wrong on our side, without a text of a user."""
+
+
+class Telemetry:
+    """The metrics of one application; also the batchers' observer."""
+
+    def __init__(self, contract: Contract) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+
+        self._request_seconds = Histogram(
+            "int8qa_request_seconds",
+            "Wall time of one HTTP request, from its head to the end of the response",
+            ("route", "precision", "outcome"),
+            buckets=SECONDS_BUCKETS,
+            registry=self.registry,
+        )
+        self._stage_seconds = Histogram(
+            "int8qa_stage_seconds",
+            "Wall time of one stage of one answer",
+            ("stage", "precision"),
+            buckets=SECONDS_BUCKETS,
+            registry=self.registry,
+        )
+        self._batch_windows = Histogram(
+            "int8qa_batch_windows",
+            "Windows in one batch sent to the engine",
+            ("precision",),
+            buckets=WINDOWS_BUCKETS,
+            registry=self.registry,
+        )
+        self._batch_padding_ratio = Histogram(
+            "int8qa_batch_padding_ratio",
+            "Share of a batch's tokens that is padding",
+            ("precision",),
+            buckets=RATIO_BUCKETS,
+            registry=self.registry,
+        )
+        self._queue_windows = Gauge(
+            "int8qa_queue_windows",
+            "Windows waiting for a batch, all precisions together",
+            registry=self.registry,
+        )
+        self._inflight_requests = Gauge(
+            "int8qa_inflight_requests",
+            "Accepted requests for answers that are not yet answered",
+            registry=self.registry,
+        )
+        self._rejected_total = Counter(
+            "int8qa_rejected_total",
+            "Questions refused, by reason; items of a batch request count one each",
+            ("reason",),
+            registry=self.registry,
+        )
+        self._comparisons_total = Counter(
+            "int8qa_comparisons_total",
+            "Questions asked of INT8 and FP16 both, by whether the answers agreed",
+            ("agreement",),
+            registry=self.registry,
+        )
+        self._comparison_latency_seconds = Histogram(
+            "int8qa_comparison_latency_seconds",
+            "Inference time of one question asked of both precisions",
+            ("precision",),
+            buckets=SECONDS_BUCKETS,
+            registry=self.registry,
+        )
+        self._comparison_speedup_ratio = Gauge(
+            "int8qa_comparison_speedup_ratio",
+            "Median of FP16 time / INT8 time over the recent pairs; NaN without any",
+            registry=self.registry,
+        )
+        self._model_info = Gauge(
+            "int8qa_model_info",
+            "Always 1; the labels say what is served",
+            ("precision", "engine", "checkpoint", "calibrator", "recipe"),
+            registry=self.registry,
+        )
+        self._model_f1 = Gauge(
+            "int8qa_model_f1",
+            "F1 of the model at build, 0 to 100",
+            ("precision",),
+            registry=self.registry,
+        )
+        self._model_ready = Gauge(
+            "int8qa_model_ready",
+            "1 while the model answers probes and agrees with the contract, else 0",
+            ("precision",),
+            registry=self.registry,
+        )
+        self._queued: dict[Precision, int] = {}
+
+        self._comparison_speedup_ratio.set(float("nan"))
+        for agreement in ("same", "different", "error"):
+            self._comparisons_total.labels(agreement)
+        for precision, model in contract.models.items():
+            self._model_info.labels(
+                precision=precision.value,
+                engine=model.engine,
+                checkpoint=contract.checkpoint,
+                calibrator=model.calibrator,
+                recipe=model.recipe,
+            ).set(1)
+            if model.f1 is not None:
+                self._model_f1.labels(precision.value).set(model.f1)
+            self._model_ready.labels(precision.value).set(0)
+            for stage in STAGES:
+                self._stage_seconds.labels(stage, precision.value)
+            self._batch_windows.labels(precision.value)
+            self._batch_padding_ratio.labels(precision.value)
+
+    def declare_reasons(self, reasons: frozenset[str]) -> None:
+        """Show every reason for a refusal from the start, at zero."""
+        for reason in sorted(reasons):
+            self._rejected_total.labels(reason)
+
+    # The batchers' observer.
+
+    def on_queue(self, precision: Precision, windows: int) -> None:
+        self._queued[precision] = windows
+        self._queue_windows.set(sum(self._queued.values()))
+
+    def on_batch(
+        self, precision: Precision, windows: int, padding_ratio: float
+    ) -> None:
+        self._batch_windows.labels(precision.value).observe(windows)
+        self._batch_padding_ratio.labels(precision.value).observe(padding_ratio)
+
+    # The edges of a request.
+
+    def observe_request(self, record: RequestRecord, seconds: float) -> None:
+        self._request_seconds.labels(
+            record.route, record.precision, record.outcome
+        ).observe(seconds)
+
+    def observe_stages(self, precision: Precision, stages: StageSeconds) -> None:
+        for stage in STAGES:
+            self._stage_seconds.labels(stage, precision.value).observe(
+                getattr(stages, stage)
+            )
+
+    def observe_pair(self, *, int8_s: float, fp16_s: float, agreed: bool) -> None:
+        self._comparison_latency_seconds.labels(Precision.INT8.value).observe(int8_s)
+        self._comparison_latency_seconds.labels(Precision.FP16.value).observe(fp16_s)
+        self._comparisons_total.labels("same" if agreed else "different").inc()
+
+    def count_comparison_error(self) -> None:
+        self._comparisons_total.labels("error").inc()
+
+    def count_rejection(self, reason: str) -> None:
+        self._rejected_total.labels(reason).inc()
+
+    def set_inflight(self, requests: int) -> None:
+        self._inflight_requests.set(requests)
+
+    def set_model_ready(self, precision: Precision, *, ready: bool) -> None:
+        self._model_ready.labels(precision.value).set(1 if ready else 0)
+
+    def set_speedup_source(self, speedup: Callable[[], float | None]) -> None:
+        """Read the speed-up at each scrape from where it is kept."""
+
+        def read() -> float:
+            value = speedup()
+            return float("nan") if value is None else value
+
+        self._comparison_speedup_ratio.set_function(read)
+
+    def render(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        return generate_latest(self.registry)

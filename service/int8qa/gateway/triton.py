@@ -1,0 +1,240 @@
+"""Triton over gRPC; the only module that imports tritonclient.
+
+In: padded batches. Out: logits, or one of int8qa's errors; none of tritonclient's
+or gRPC's leaves this file. Knows nothing of batching, windows or HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import numpy as np
+from tritonclient.grpc import aio as triton_grpc
+from tritonclient.utils import InferenceServerException
+
+from int8qa.contract import (
+    END_LOGITS,
+    INPUT_DATATYPE,
+    START_LOGITS,
+    Contract,
+    Precision,
+    check_model_tensors,
+)
+from int8qa.errors import (
+    DeadlineExceededError,
+    EngineOutputError,
+    EngineUnavailableError,
+    Int8qaError,
+)
+from int8qa.gateway.batcher import BatchLogits, PaddedBatch
+
+PROBE_TIMEOUT_S = 2.0
+"""How long a probe may take before Triton counts as hung."""
+
+_MAX_MESSAGE_BYTES = 256 * 2**20
+_MAX_DETAIL_CHARS = 300
+
+CHANNEL_ARGUMENTS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    # A peer that vanished without closing is noticed within about 15 s.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # gRPC's own back-off grows to 2 minutes; a restarted Triton is wanted within 1 s.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    ("grpc.use_local_subchannel_pool", 1),
+    # Triton is on loopback or next door, whatever http_proxy says.
+    ("grpc.enable_http_proxy", 0),
+)
+
+ERROR_BY_CODE: dict[str, type[Int8qaError]] = {
+    "OK": EngineOutputError,  # a failure that calls itself a success
+    "CANCELLED": EngineUnavailableError,  # by Triton, while it shuts down
+    "UNKNOWN": EngineOutputError,
+    "INVALID_ARGUMENT": EngineOutputError,  # the model refuses our tensors
+    "DEADLINE_EXCEEDED": DeadlineExceededError,
+    "NOT_FOUND": EngineUnavailableError,  # the model is not loaded
+    "ALREADY_EXISTS": EngineOutputError,
+    "PERMISSION_DENIED": EngineUnavailableError,
+    "UNAUTHENTICATED": EngineUnavailableError,
+    "RESOURCE_EXHAUSTED": EngineUnavailableError,
+    "FAILED_PRECONDITION": EngineUnavailableError,
+    "ABORTED": EngineUnavailableError,
+    "OUT_OF_RANGE": EngineOutputError,
+    "UNIMPLEMENTED": EngineUnavailableError,  # something listens, but no Triton
+    "INTERNAL": EngineOutputError,  # the backend raised
+    "UNAVAILABLE": EngineUnavailableError,
+    "DATA_LOSS": EngineOutputError,
+}
+"""Every gRPC status code and what it means to a request; a test counts them."""
+
+_TORN_CONNECTION = ("rst_stream", "stream removed", "connection reset", "broken pipe",
+                    "socket closed", "goaway")  # fmt: skip
+"""What gRPC says, under INTERNAL or UNKNOWN, when the server died mid-call."""
+
+
+class TritonEngine:
+    """The models of one Triton, reached through one gRPC channel."""
+
+    def __init__(self, url: str, contract: Contract) -> None:
+        self._url = url
+        self._contract = contract
+        self._client: Any = None
+
+    async def connect(self) -> None:
+        """Open the channel; gRPC connects, and reconnects, by itself."""
+        self._client = triton_grpc.InferenceServerClient(
+            url=self._url, channel_args=list(CHANNEL_ARGUMENTS)
+        )
+
+    async def close(self) -> None:
+        """Close the channel."""
+        if self._client is not None:
+            client, self._client = self._client, None
+            await client.close()
+
+    async def ready(self, precision: Precision) -> bool:
+        """Whether Triton has the model of a precision loaded.
+
+        Raises:
+            EngineUnavailableError: Triton is not reachable, or hangs.
+        """
+        with self._map_probe_errors():
+            return bool(
+                await self._require_client().is_model_ready(
+                    precision.model_name, client_timeout=PROBE_TIMEOUT_S
+                )
+            )
+
+    async def check_contract(self, precision: Precision) -> None:
+        """Hold Triton's metadata of a model to the contract.
+
+        Raises:
+            ContractError: names or types of tensors differ.
+            EngineUnavailableError: Triton is not reachable, or hangs.
+        """
+        with self._map_probe_errors():
+            metadata = await self._require_client().get_model_metadata(
+                precision.model_name, client_timeout=PROBE_TIMEOUT_S
+            )
+        check_model_tensors(
+            self._contract,
+            precision,
+            inputs=[(tensor.name, tensor.datatype) for tensor in metadata.inputs],
+            outputs=[(tensor.name, tensor.datatype) for tensor in metadata.outputs],
+        )
+
+    async def infer(
+        self, precision: Precision, batch: PaddedBatch, timeout_s: float | None
+    ) -> BatchLogits:
+        """Run one batch, int32 [B, S], to logits, float32 [B, S].
+
+        Raises:
+            DeadlineExceededError: Triton did not answer within ``timeout_s``.
+            EngineUnavailableError: Triton or the model is not there.
+            EngineOutputError: Triton refused the batch or answered nonsense.
+        """
+        client = self._require_client()
+        with map_triton_errors(self._url):
+            inputs = []
+            for name in self._contract.inputs:
+                array = getattr(batch, name)
+                tensor = triton_grpc.InferInput(name, list(array.shape), INPUT_DATATYPE)
+                tensor.set_data_from_numpy(array)
+                inputs.append(tensor)
+            result = await client.infer(
+                precision.model_name,
+                inputs,
+                outputs=[
+                    triton_grpc.InferRequestedOutput(START_LOGITS),
+                    triton_grpc.InferRequestedOutput(END_LOGITS),
+                ],
+                client_timeout=timeout_s,
+            )
+            start = result.as_numpy(START_LOGITS)
+            end = result.as_numpy(END_LOGITS)
+        for name, array in ((START_LOGITS, start), (END_LOGITS, end)):
+            if array is None or array.dtype != np.float32:
+                found = "nothing" if array is None else array.dtype.name
+                raise EngineOutputError(
+                    f"Triton returned {found} for {name} of {precision.model_name}; "
+                    f"expected float32. Rebuild the model repository"
+                )
+        return BatchLogits(start=start, end=end)
+
+    def _require_client(self) -> Any:
+        if self._client is None:
+            raise EngineUnavailableError(
+                f"the channel to Triton at {self._url} is closed"
+            )
+        return self._client
+
+    @contextlib.contextmanager
+    def _map_probe_errors(self) -> Iterator[None]:
+        try:
+            with map_triton_errors(self._url):
+                yield
+        except (DeadlineExceededError, EngineOutputError) as error:
+            # A probe has no deadline of a user, and asks for no logits.
+            raise EngineUnavailableError(str(error)) from error
+
+
+@contextlib.contextmanager
+def map_triton_errors(url: str) -> Iterator[None]:
+    """Turn every error of tritonclient and gRPC into one of int8qa's.
+
+    Raises:
+        DeadlineExceededError: the call's timeout passed.
+        EngineUnavailableError: Triton or the model is not there.
+        EngineOutputError: everything else that went wrong between us.
+    """
+    try:
+        yield
+    except InferenceServerException as error:
+        # status() is "StatusCode.UNAVAILABLE" from gRPC, None from the client itself.
+        code = (error.status() or "").rpartition(".")[2]
+        raise _build_error(url, code, error.message() or "") from error
+    except grpc.RpcError as error:
+        status = error.code() if hasattr(error, "code") else None
+        details = error.details() if hasattr(error, "details") else ""
+        raise _build_error(
+            url, status.name if status is not None else "", details or ""
+        ) from error
+    except (asyncio.InvalidStateError, grpc.aio.UsageError) as error:
+        # What grpc.aio raises for a channel that was closed under a call.
+        raise EngineUnavailableError(
+            f"the channel to Triton at {url} was closed during a call"
+        ) from error
+    except (AttributeError, KeyError, ValueError, TypeError) as error:
+        # tritonclient unpacks responses unchecked.
+        raise EngineOutputError(
+            f"the answer of Triton at {url} could not be read ({type(error).__name__})"
+        ) from error
+
+
+def _build_error(url: str, code: str, details: str) -> Int8qaError:
+    kind = ERROR_BY_CODE.get(code, EngineOutputError)
+    torn = any(sign in details.lower() for sign in _TORN_CONNECTION)
+    if kind is EngineOutputError and torn:
+        kind = EngineUnavailableError
+    detail = " ".join(details.split())[:_MAX_DETAIL_CHARS]
+    if kind is DeadlineExceededError:
+        return DeadlineExceededError(
+            f"Triton at {url} did not answer in time; ask for less at once, or raise "
+            f"INT8QA_LIMITS__REQUEST_TIMEOUT_S"
+        )
+    if kind is EngineUnavailableError:
+        return EngineUnavailableError(
+            f"Triton at {url} is not available ({code}: {detail}); try again shortly"
+        )
+    return EngineOutputError(
+        f"Triton at {url} failed the batch ({code or 'client error'}: {detail}); see "
+        f"its log"
+    )

@@ -1,0 +1,127 @@
+"""The process: ports, signals, readiness, draining."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from int8qa.contract import TOKENIZER_FILENAME
+from int8qa.errors import ConfigurationError, ContractError
+from int8qa.gateway.app import bind_socket, serve
+from tests.gateway.fakes import TOKENIZER_JSON, build_contract, build_settings
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+import asyncio, sys
+from int8qa.gateway.app import bind_socket, create_app, run_server
+from int8qa.reader.tokenizer import ReaderTokenizer
+from tests.gateway.fakes import (
+    TOKENIZER_JSON, FakeEngine, build_contract, build_settings,
+)
+
+class SlowEngine(FakeEngine):
+    async def infer(self, precision, batch, timeout_s):
+        print("working", flush=True)
+        await asyncio.sleep(float(sys.argv[1]))
+        return await super().infer(precision, batch, timeout_s)
+
+async def main():
+    tokenizer = ReaderTokenizer.from_file(TOKENIZER_JSON)
+    settings = build_settings(limits={"shutdown_timeout_s": float(sys.argv[2])})
+    app = create_app(
+        settings, build_contract(tokenizer), tokenizer, SlowEngine(tokenizer)
+    )
+    listener = bind_socket("127.0.0.1", 0)
+    await run_server(app, listener, on_ready=lambda url: print(url, flush=True))
+    print("closed", flush=True)
+
+asyncio.run(main())
+"""
+
+
+async def run_and_terminate(
+    work_s: float, limit_s: float, number: signal.Signals
+) -> tuple[httpx.Response, str, int]:
+    """Start a gateway, ask one question, signal while it works; return all it said."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", SCRIPT, str(work_s), str(limit_s),
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'service'}{os.pathsep}{ROOT}"},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+
+        async def read_until(prefix: str) -> str:
+            while line := (await process.stdout.readline()).decode():
+                if line.startswith(prefix):
+                    return line.strip()
+            raise AssertionError((await process.stderr.read()).decode())
+
+        url = await asyncio.wait_for(read_until("http://"), 60)
+        async with httpx.AsyncClient(timeout=60) as client:
+            body = {"question": "Who kept it?", "context": "Solveig Bråten kept it."}
+            request = asyncio.create_task(client.post(f"{url}/v1/answer", json=body))
+            await asyncio.wait_for(read_until("working"), 30)
+            process.send_signal(number)
+            response = await asyncio.wait_for(request, 30)
+        out, _ = await asyncio.wait_for(process.communicate(), 30)
+        assert process.returncode is not None
+        return response, out.decode(), process.returncode
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_signal_finishes_accepted_requests(number: signal.Signals):
+    """SIGTERM and Ctrl-C let an accepted request finish, close all, and exit with 0."""
+    response, out, code = await run_and_terminate(0.5, 20, number)
+    assert response.status_code == 200
+    assert response.json()["answer"]["text"] == "Solveig Bråten"
+    assert "closed" in out
+    assert code == 0
+
+
+async def test_signal_does_not_wait_for_ever():
+    """What exceeds the limit is answered with 503, and the process ends."""
+    response, out, code = await run_and_terminate(600, 0.3, signal.SIGTERM)
+    assert response.status_code == 503
+    assert json.loads(response.text)["type"].endswith("shutting-down")
+    assert "closed" in out
+    assert code == 0
+
+
+def test_taken_port_is_one_clear_line():
+    """A second server on one port names address and setting."""
+    with bind_socket("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(ConfigurationError, match=f"127.0.0.1:{port}.*INT8QA_PORT"):
+            bind_socket("127.0.0.1", port)
+
+
+def test_serve_needs_a_model_repository(tmp_path, restored_logging):
+    """Without a complete repository nothing is bound and the error says what to do."""
+    with pytest.raises(ContractError, match="int8qa build"):
+        serve(build_settings(model_repository=tmp_path))
+
+
+def test_serve_binds_before_it_runs(tmp_path, tokenizer, restored_logging):
+    """A repository that is complete gets as far as the port."""
+    build_contract(tokenizer).save(tmp_path)
+    (tmp_path / TOKENIZER_FILENAME).write_bytes(TOKENIZER_JSON.read_bytes())
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigurationError, match="cannot listen"):
+            serve(build_settings(model_repository=tmp_path, port=port))

@@ -1,0 +1,241 @@
+"""Triton's gRPC edge, against a small real gRPC server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import grpc
+import numpy as np
+import pytest
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.utils import InferenceServerException
+
+from int8qa.contract import Precision
+from int8qa.errors import (
+    ContractError,
+    DeadlineExceededError,
+    EngineError,
+    EngineOutputError,
+    EngineUnavailableError,
+)
+from int8qa.gateway.batcher import PaddedBatch
+from int8qa.gateway.triton import ERROR_BY_CODE, TritonEngine, map_triton_errors
+from tests.gateway.fakes import build_contract
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+@dataclass
+class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """Answers start logits = input ids, end logits = their negative."""
+
+    ready: bool = True
+    failure: tuple[grpc.StatusCode, str] | None = None
+    datatype: str = "INT32"
+    output_datatype: str = "FP32"
+    stall: bool = False
+    seen: list[service_pb2.ModelInferRequest] = field(default_factory=list)
+
+    async def ModelReady(self, request, context):  # noqa: N802 - gRPC's name
+        return service_pb2.ModelReadyResponse(ready=self.ready)
+
+    async def ModelMetadata(self, request, context):  # noqa: N802 - gRPC's name
+        def describe(name: str, datatype: str) -> object:
+            return service_pb2.ModelMetadataResponse.TensorMetadata(
+                name=name, datatype=datatype, shape=[-1, -1]
+            )
+
+        return service_pb2.ModelMetadataResponse(
+            name=request.name,
+            inputs=[describe(name, self.datatype) for name in INPUTS],
+            outputs=[describe(f"{side}_logits", "FP32") for side in ("start", "end")],
+        )
+
+    async def ModelInfer(self, request, context):  # noqa: N802 - gRPC's name
+        self.seen.append(request)
+        if self.stall:
+            await asyncio.sleep(30)
+        if self.failure is not None:
+            await context.abort(*self.failure)
+        ids = np.frombuffer(request.raw_input_contents[0], dtype=np.int32)
+        dtype = np.float32 if self.output_datatype == "FP32" else np.float64
+        response = service_pb2.ModelInferResponse(model_name=request.model_name)
+        for name, sign in (("start_logits", 1), ("end_logits", -1)):
+            tensor = response.outputs.add()
+            tensor.name, tensor.datatype = name, self.output_datatype
+            tensor.shape.extend(request.inputs[0].shape)
+            response.raw_output_contents.append((sign * ids).astype(dtype).tobytes())
+        return response
+
+
+@contextlib.asynccontextmanager
+async def run_triton(triton: FakeTriton, port: int = 0) -> AsyncIterator[int]:
+    server = grpc.aio.server()
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(triton, server)
+    bound = server.add_insecure_port(f"127.0.0.1:{port}")
+    await server.start()
+    try:
+        yield bound
+    finally:
+        await server.stop(0)
+
+
+@contextlib.asynccontextmanager
+async def connect(port: int, tokenizer) -> AsyncIterator[TritonEngine]:
+    engine = TritonEngine(f"127.0.0.1:{port}", build_contract(tokenizer))
+    await engine.connect()
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+def build_batch() -> PaddedBatch:
+    ids = np.arange(64, dtype=np.int32).reshape(2, 32)
+    return PaddedBatch(ids, np.ones_like(ids), np.zeros_like(ids))
+
+
+async def test_batch_goes_there_and_back(tokenizer):
+    """INT32 [B, S] under the contract's names goes out, float32 [B, S] comes back."""
+    triton = FakeTriton()
+    async with run_triton(triton) as port, connect(port, tokenizer) as engine:
+        batch = build_batch()
+        logits = await engine.infer(Precision.FP16, batch, 5.0)
+    assert logits.start.dtype == np.float32
+    np.testing.assert_array_equal(logits.start, batch.input_ids)
+    np.testing.assert_array_equal(logits.end, -batch.input_ids)
+    (request,) = triton.seen
+    assert request.model_name == "qa_fp16"
+    assert [tensor.name for tensor in request.inputs] == list(INPUTS)
+    assert {tensor.datatype for tensor in request.inputs} == {"INT32"}
+    assert {tuple(tensor.shape) for tensor in request.inputs} == {(2, 32)}
+
+
+async def test_metadata_is_held_to_the_contract(tokenizer):
+    """A model with other types is a contract error; one that is loading is not ready."""
+    triton = FakeTriton()
+    async with run_triton(triton) as port, connect(port, tokenizer) as engine:
+        assert await engine.ready(Precision.INT8)
+        await engine.check_contract(Precision.INT8)
+        triton.datatype = "INT64"
+        with pytest.raises(ContractError, match="INT64"):
+            await engine.check_contract(Precision.INT8)
+        triton.ready = False
+        assert not await engine.ready(Precision.INT8)
+
+
+@pytest.mark.parametrize("code", [c for c in grpc.StatusCode if c.name != "OK"])
+async def test_every_status_becomes_an_error_of_ours(tokenizer, code: grpc.StatusCode):
+    """Whatever status Triton fails with, the caller sees the class of the table."""
+    triton = FakeTriton(failure=(code, "something about tensors"))
+    async with run_triton(triton) as port, connect(port, tokenizer) as engine:
+        with pytest.raises(ERROR_BY_CODE[code.name]) as caught:
+            await engine.infer(Precision.INT8, build_batch(), 5.0)
+    assert type(caught.value) is ERROR_BY_CODE[code.name]
+    assert isinstance(caught.value.__cause__, InferenceServerException)
+
+
+def test_table_knows_every_grpc_status():
+    """A status that a new gRPC brings fails here until it is decided on."""
+    assert ERROR_BY_CODE.keys() == {code.name for code in grpc.StatusCode}
+    for kind in ERROR_BY_CODE.values():
+        assert issubclass(kind, (EngineError, DeadlineExceededError))
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (InferenceServerException("client side"), EngineOutputError),
+        (
+            InferenceServerException("Socket closed", status="StatusCode.UNAVAILABLE"),
+            EngineUnavailableError,
+        ),
+        (
+            InferenceServerException(
+                "Received RST_STREAM with error code 2", status="StatusCode.INTERNAL"
+            ),
+            EngineUnavailableError,
+        ),
+        (
+            InferenceServerException("Stream removed", status="StatusCode.UNKNOWN"),
+            EngineUnavailableError,
+        ),
+        (
+            InferenceServerException("new", status="StatusCode.FROM_THE_FUTURE"),
+            EngineOutputError,
+        ),
+        (grpc.RpcError(), EngineOutputError),
+        (grpc.aio.UsageError("Channel is closed."), EngineUnavailableError),
+        (asyncio.InvalidStateError(), EngineUnavailableError),
+        (ValueError("buffer size must be a multiple"), EngineOutputError),
+    ],
+)
+def test_constructed_errors(raised: Exception, expected: type[Exception]):
+    """Errors that are hard to provoke map as well, and keep their cause."""
+    with pytest.raises(expected) as caught, map_triton_errors("host:1"):
+        raise raised
+    assert caught.value.__cause__ is raised
+
+
+async def test_nobody_there_is_unavailable(tokenizer):
+    """A refused connection is EngineUnavailableError, for probes and batches."""
+    async with run_triton(FakeTriton()) as port:
+        pass
+    async with connect(port, tokenizer) as engine:
+        for call in (
+            engine.ready(Precision.INT8),
+            engine.check_contract(Precision.INT8),
+            engine.infer(Precision.INT8, build_batch(), 5.0),
+        ):
+            with pytest.raises(EngineUnavailableError):
+                await call
+
+
+async def test_restarted_triton_is_found_again(tokenizer):
+    """The channel reconnects by itself, on the same port, without a new engine."""
+    async with run_triton(FakeTriton()) as port:
+        engine = TritonEngine(f"127.0.0.1:{port}", build_contract(tokenizer))
+        await engine.connect()
+        await engine.infer(Precision.INT8, build_batch(), 5.0)
+    try:
+        with pytest.raises(EngineUnavailableError):
+            await engine.infer(Precision.INT8, build_batch(), 5.0)
+        async with run_triton(FakeTriton(), port):
+            for _ in range(100):
+                try:
+                    await engine.infer(Precision.INT8, build_batch(), 5.0)
+                    break
+                except EngineUnavailableError:
+                    await asyncio.sleep(0.1)
+            else:
+                pytest.fail("the channel did not reconnect")
+    finally:
+        await engine.close()
+
+
+async def test_slow_triton_is_a_deadline(tokenizer):
+    """A batch that outlives its timeout is DeadlineExceededError."""
+    triton = FakeTriton(stall=True)
+    async with run_triton(triton) as port, connect(port, tokenizer) as engine:
+        with pytest.raises(DeadlineExceededError):
+            await engine.infer(Precision.INT8, build_batch(), 0.1)
+
+
+async def test_wrong_output_type_is_named(tokenizer):
+    """Logits of another type are EngineOutputError and the message says which."""
+    triton = FakeTriton(output_datatype="FP64")
+    async with run_triton(triton) as port, connect(port, tokenizer) as engine:
+        with pytest.raises(EngineOutputError, match="float64"):
+            await engine.infer(Precision.INT8, build_batch(), 5.0)
+
+
+async def test_closed_engine_is_unavailable(tokenizer):
+    """After close every call is refused in our terms."""
+    async with run_triton(FakeTriton()) as port:
+        async with connect(port, tokenizer) as engine:
+            pass
+        with pytest.raises(EngineUnavailableError):
+            await engine.ready(Precision.INT8)
