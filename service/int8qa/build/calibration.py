@@ -46,7 +46,7 @@ class Calibrator:
     def name(self) -> str:
         """As it stands in the manifest and in metrics: ``percentile-99.999``."""
         if self.method == "percentile":
-            return f"percentile-{self.percentile:g}"
+            return f"percentile-{self.percentile:.12g}"
         return self.method
 
     def compute_amax(self, collector: Any) -> torch.Tensor | None:
@@ -55,13 +55,16 @@ class Calibrator:
         Weight quantizers collect their exact per-channel maximum, whatever the
         method: their range is known, there is nothing to estimate.
         """
-        from modelopt.torch.quantization.calib import HistogramCalibrator
+        import torch
 
-        if not isinstance(collector, HistogramCalibrator):
+        from int8qa.build.histogram import ActivationHistogram
+
+        if not isinstance(collector, ActivationHistogram):
             return collector.compute_amax()
+        if not collector.peak:
+            return None
         if self.method == "max":
-            edges = collector._calib_bin_edges  # noqa: SLF001 - no accessor (0.47)
-            return None if edges is None else edges[-1]
+            return torch.tensor(collector.peak)
         return collector.compute_amax("percentile", percentile=self.percentile)
 
 

@@ -32,6 +32,7 @@ _TOKENIZER_PATTERNS = [
     "vocab.json",
     "merges.txt",
 ]
+_VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +151,12 @@ def _check_files(directory: Path) -> None:
             else ""
         )
         raise CheckpointError(f"{directory} has no *.safetensors weights{hint}")
+    # Without these transformers makes up a tokenizer of five special tokens.
+    if not any((directory / name).is_file() for name in _VOCABULARY_FILES):
+        raise CheckpointError(
+            f"{directory} has no tokenizer: one of {', '.join(_VOCABULARY_FILES)} is "
+            f"needed"
+        )
 
 
 def _hash_files(directory: Path) -> str:
@@ -174,6 +181,7 @@ def load_checkpoint(files: CheckpointFiles) -> Checkpoint:
         CheckpointError: the weights do not form a question answering model.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForQuestionAnswering
     from transformers.utils import logging as transformers_logging
 
@@ -190,7 +198,7 @@ def load_checkpoint(files: CheckpointFiles) -> Checkpoint:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error) else ""
         raise CheckpointError(
             f"{files.name} is not a checkpoint transformers can load for question "

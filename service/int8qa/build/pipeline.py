@@ -326,7 +326,11 @@ class _Build:
                 for precision, found in answers.items()
             }
         with self.progress.stage("time the engines"):
-            latency_ms = median_latencies(engines, LATENCY_SHAPES, self.inputs)
+            shapes = dict.fromkeys(
+                (batch, min(length, self.max_window_tokens))
+                for batch, length in LATENCY_SHAPES
+            )
+            latency_ms = median_latencies(engines, list(shapes), self.inputs)
         int8 = accuracies[Precision.INT8]
         recommended, verdict = write_verdict(latency_ms, int8.f1_ratio)
         check_gate(int8, gate=self.options.gate)
@@ -420,7 +424,7 @@ class _Build:
             self.tokenizer,
             questions[:limit],
             max_window_tokens=self.max_window_tokens,
-            doc_stride=DOC_STRIDE,
+            doc_stride=min(DOC_STRIDE, self.max_window_tokens // 2),
         )
 
     def _answer(

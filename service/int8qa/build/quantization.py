@@ -39,6 +39,8 @@ class Recipe:
         Activations get a histogram collector, so that every calibrator can be
         derived from one pass.
         """
+        from int8qa.build.histogram import ActivationHistogram
+
         rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
         if self.linear_weights:
             rules.append(
@@ -54,7 +56,11 @@ class Recipe:
                 {
                     "quantizer_name": "*input_quantizer",
                     "parent_class": "nn.Linear",
-                    "cfg": {"num_bits": 8, "axis": None, "calibrator": "histogram"},
+                    "cfg": {
+                        "num_bits": 8,
+                        "axis": None,
+                        "calibrator": ActivationHistogram,
+                    },
                     "enable": True,
                 }
             )
@@ -94,7 +100,15 @@ def insert_quantizers(model: torch.nn.Module, recipe: Recipe) -> int:
     Raises:
         BuildError: the recipe matched nothing in this model.
     """
+    import torch
+
     head_names = find_head(model)
+    gemms = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+    if gemms <= len(head_names):
+        raise BuildError(
+            f"the recipe {recipe.name} found no GEMM to quantize in this model: it has "
+            f"no nn.Linear layers but its head. Supported are BERT-family encoders"
+        )
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         # ModelOpt prints what it inserts, and warns that it has not been tested with
         # this version of transformers; our parity checks are that test.
@@ -103,13 +117,7 @@ def insert_quantizers(model: torch.nn.Module, recipe: Recipe) -> int:
         from modelopt.torch.quantization.nn import TensorQuantizer
 
         mtq.quantize(model, recipe.quantizer_config(head_names), forward_loop=None)
-    enabled: int = sum(
+    return sum(
         isinstance(module, TensorQuantizer) and module.is_enabled
         for module in model.modules()
     )
-    if enabled == 0:
-        raise BuildError(
-            f"the recipe {recipe.name} found no GEMM to quantize in this model: it has "
-            f"no nn.Linear layers. Supported are BERT-family encoders"
-        )
-    return enabled

@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from int8qa.contract import (
     CONTRACT_FILENAME,
@@ -70,12 +70,13 @@ def find_current(repository: Path, build_id: str) -> Contract | None:
         files = read_manifest(repository)["files"]
         intact = (
             contract.build_id == build_id
+            and isinstance(files, dict)
             and CONTRACT_FILENAME in files
             and all(
                 hash_file(repository / name) == sha256 for name, sha256 in files.items()
             )
         )
-    except (ContractError, RepositoryError, KeyError, AttributeError, OSError):
+    except (ContractError, RepositoryError, KeyError, OSError):
         return None
     return contract if intact else None
 
@@ -190,8 +191,6 @@ def stage_repository(target: Path) -> Iterator[StagedRepository]:
 @contextlib.contextmanager
 def _lock(target: Path) -> Iterator[None]:
     """Hold the lock file beside ``target``, which the kernel frees with its process."""
-    import fcntl
-
     path = _sibling(target, "lock")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -201,20 +200,27 @@ def _lock(target: Path) -> Iterator[None]:
             f"cannot write beside {target}: {error.strerror}"
         ) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its former owner may have removed the file after we opened it; a lock
-            # on a removed file keeps nobody out.
-            if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                raise BlockingIOError
-        except (BlockingIOError, FileNotFoundError):
+        if not _try_lock(lock, path):
             raise RepositoryError(
                 f"another build is writing {target}; wait for it or stop it"
-            ) from None
+            )
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _try_lock(lock: IO[str], path: Path) -> bool:
+    import fcntl
+
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Its former owner may have removed the file after we opened it; a lock on a
+        # removed file keeps nobody out.
+        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 def _check_replaceable(target: Path) -> None:

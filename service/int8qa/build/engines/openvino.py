@@ -75,6 +75,7 @@ def save_ir(
         ExportError: OpenVINO cannot convert the graph.
     """
     openvino = _import_openvino()
+    frontend = openvino.frontend
     source = directory / "source.onnx"
     source.write_bytes(model.SerializeToString())
     try:
@@ -83,7 +84,13 @@ def save_ir(
         openvino.save_model(
             converted, path, compress_to_fp16=precision is Precision.FP16
         )
-    except RuntimeError as error:
+    except (
+        RuntimeError,
+        frontend.GeneralFailure,
+        frontend.NotImplementedFailure,
+        frontend.OpConversionFailure,
+        frontend.OpValidationFailure,
+    ) as error:
         reason = str(error).strip().splitlines()
         raise ExportError(
             f"OpenVINO cannot convert the {precision} graph: "

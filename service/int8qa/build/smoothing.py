@@ -1,0 +1,204 @@
+"""SmoothQuant with a searched strength: outlier channels move into the weights.
+
+In: a reader with quantizers, not yet calibrated, and windows. Out: the same function,
+with the input channels of each GEMM scaled to a like range and its weights scaled
+back, as far as that lowers the GEMM's own INT8 error. GEMMs that read one tensor
+(Q, K and V) share one scale, so that one multiplication and one Q/DQ pair serve all.
+
+Source: Xiao et al. 2022, arXiv:2211.10438, equations 3 and 4. Searching the strength by
+the error of the layer's output: Lin et al. 2023, arXiv:2306.00978, section 3.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from int8qa.build.calibration import window_feed
+from int8qa.errors import BuildError
+from int8qa.reader.windows import Window
+
+if TYPE_CHECKING:
+    import torch
+
+ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Strengths tried beside none at all: 0 leaves the range where it is, 1 moves it all."""
+ROWS_PER_WINDOW = 24
+"""Tokens of each window the error is measured on, the largest ones among them."""
+MAX_ROWS = 1024
+_PEAK_ROWS = 4
+_SMALLEST = 1e-5
+"""Ranges below this count as this: a dead channel must not blow up the scale."""
+_INT8_MAX = 127.0
+
+
+def smooth_activations(
+    reader: torch.nn.Module,
+    windows: Iterable[Window],
+    inputs: Sequence[str],
+    *,
+    keep: float = 1.0,
+    on_window: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Scale the input channels of quantized GEMMs, in place, where that helps.
+
+    With s_j = max|X_j|**alpha / max|W_j|**(1 - alpha) for input channel j, the GEMM
+    X W becomes (X / s)(s W). The division is ModelOpt's ``pre_quant_scale``, an
+    elementwise product that engines fuse with the quantization behind it.
+
+    Args:
+        reader: takes one tensor per name of ``inputs``; holds the quantizers.
+        windows: what ranges and errors are measured on; at least one.
+        inputs: names of the model's inputs, in order.
+        keep: share of absolute values the calibrator will keep, 0-1; the search
+            cuts its ranges off likewise.
+        on_window: called after each window.
+
+    Returns:
+        The strength chosen by GEMM, 0.0 where none was best.
+
+    Raises:
+        BuildError: no window was given.
+    """
+    samples, groups = _sample_inputs(reader, windows, inputs, on_window)
+    if not samples:
+        raise BuildError("SmoothQuant needs at least one calibration window")
+    chosen: dict[str, float] = {}
+    for names in groups:
+        gemms = [reader.get_submodule(name) for name in names]
+        alpha, scale = _search_scale(
+            samples[names[0]], [gemm.weight.detach() for gemm in gemms], keep
+        )
+        chosen |= dict.fromkeys(names, alpha)
+        if scale is None:
+            continue
+        for gemm in gemms:
+            gemm.weight.data *= scale
+            gemm.input_quantizer.pre_quant_scale = 1.0 / scale
+    return chosen
+
+
+def _search_scale(
+    rows: torch.Tensor, weights: list[torch.Tensor], keep: float
+) -> tuple[float, torch.Tensor | None]:
+    """The strength, and its scale [K], that lowers the INT8 error of X W most.
+
+    Args:
+        rows: samples of X, float32 [N, K].
+        weights: of the GEMMs that read X, each [outputs, K].
+        keep: see :func:`smooth_activations`.
+    """
+    import torch
+
+    weight = torch.cat(weights)
+    exact = rows @ weight.T
+    peaks = rows.abs().amax(0).clamp(min=_SMALLEST)
+    reach = weight.abs().amax(0).clamp(min=_SMALLEST)
+
+    def error(scale: torch.Tensor) -> float:
+        activation = rows / scale
+        found = _fake_quantize(activation, _kept_range(activation, keep))
+        scaled = weight * scale
+        return float(
+            (found @ _fake_quantize(scaled, scaled.abs().amax(1, keepdim=True)).T)
+            .sub_(exact)
+            .square_()
+            .mean()
+        )
+
+    best = (error(torch.ones_like(peaks)), 0.0, None)
+    for alpha in ALPHAS:
+        scale = peaks**alpha / reach ** (1.0 - alpha)
+        # Only the ratios matter; a geometric mean of 1 keeps the numbers readable.
+        scale = scale / scale.log().mean().exp()
+        candidate = error(scale)
+        if candidate < best[0]:
+            best = (candidate, alpha, scale)
+    return best[1], best[2]
+
+
+def _fake_quantize(values: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+    """Symmetric INT8 and back: round(x * 127 / amax), clipped, times amax / 127."""
+    step = amax.clamp(min=_SMALLEST * _SMALLEST) / _INT8_MAX
+    return (values / step).round_().clamp_(-_INT8_MAX, _INT8_MAX) * step
+
+
+def _kept_range(values: torch.Tensor, keep: float) -> torch.Tensor:
+    """The value below which a share ``keep`` of the absolute values lies."""
+    magnitudes = values.abs().flatten()
+    rank = min(math.ceil(keep * len(magnitudes)), len(magnitudes))
+    return magnitudes.kthvalue(max(rank, 1)).values
+
+
+def _sample_inputs(
+    reader: torch.nn.Module,
+    windows: Iterable[Window],
+    inputs: Sequence[str],
+    on_window: Callable[[], None],
+) -> tuple[dict[str, torch.Tensor], list[list[str]]]:
+    """Rows of each quantized GEMM's input, and the GEMMs grouped by that input.
+
+    Runs in float. Each window gives its largest rows (outliers sit on few tokens) and
+    evenly spaced others.
+    """
+    import torch
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    parts: dict[str, list[torch.Tensor]] = {}
+    readers_of: dict[int, list[str]] = {}
+    alive: list[torch.Tensor] = []
+
+    def make_hook(name: str) -> Callable[[Any, Any], None]:
+        def hook(_module: Any, arguments: Any) -> None:
+            rows = arguments[0].detach().flatten(0, -2)
+            if name not in parts:  # the first window tells who reads what
+                alive.append(arguments[0])  # so that no address is used twice
+                readers_of.setdefault(arguments[0].data_ptr(), []).append(name)
+            if name != readers_of_first.get(name, name):
+                return
+            peaks = rows.abs().amax(1).topk(min(_PEAK_ROWS, len(rows))).indices
+            spread = torch.linspace(
+                0, len(rows) - 1, min(ROWS_PER_WINDOW - _PEAK_ROWS, len(rows))
+            )
+            picked = torch.cat((peaks, spread.long())).unique()
+            parts.setdefault(name, []).append(rows[picked])
+
+        return hook
+
+    readers_of_first: dict[str, str] = {}
+    quantizers = [
+        module
+        for module in reader.modules()
+        if isinstance(module, TensorQuantizer) and module.is_enabled
+    ]
+    hooks = [
+        module.register_forward_pre_hook(make_hook(name))
+        for name, module in reader.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and getattr(module, "input_quantizer", None) in quantizers
+    ]
+    for quantizer in quantizers:
+        quantizer.disable_quant()
+    try:
+        with torch.no_grad():
+            for window in windows:
+                feed = window_feed(window, inputs)
+                reader(*(torch.from_numpy(feed[name].copy()) for name in inputs))
+                # From the second window on, one reader of a tensor stands for all.
+                readers_of_first.update(
+                    {n: names[0] for names in readers_of.values() for n in names}
+                )
+                alive.clear()
+                on_window()
+    finally:
+        for quantizer in quantizers:
+            quantizer.enable_quant()
+        for hook in hooks:
+            hook.remove()
+    samples = {}
+    for name, found in parts.items():
+        rows = torch.cat(found)
+        step = max(1, len(rows) // MAX_ROWS)
+        samples[name] = rows[::step][:MAX_ROWS]
+    return samples, list(readers_of.values())

@@ -1,0 +1,178 @@
+"""The gate's ruling, paired comparison, and logits that are no numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from int8qa.build.accuracy import (
+    Accuracy,
+    Answers,
+    answer_questions,
+    check_gate,
+    compare_answers,
+    encode_questions,
+    max_deviation,
+    padded_feed,
+)
+from int8qa.contract import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPE_IDS
+from int8qa.errors import AccuracyGateError
+from int8qa.reader.squad import SquadQuestion
+from int8qa.reader.tokenizer import ReaderTokenizer
+from int8qa.reader.windows import Window
+
+ALL_INPUTS = (INPUT_IDS, ATTENTION_MASK, TOKEN_TYPE_IDS)
+
+
+def make_question(name: str, answer: str) -> SquadQuestion:
+    context = f"The ferry to {answer} leaves at seven from the old pier."
+    return SquadQuestion(name, "Where does it go?", context, (answer,), (13,))
+
+
+QUESTIONS = [make_question(f"q{i}", f"Vik{i}") for i in range(4)]
+PERFECT = {q.id: q.answers[0] for q in QUESTIONS}
+
+
+def logits(*values: float) -> Any:
+    row = np.array(values, np.float32)
+    return row, row
+
+
+def make_accuracy(ratio: float) -> Accuracy:
+    return Accuracy(
+        f1=80.0 * ratio,
+        exact_match=70.0,
+        questions=200,
+        f1_ratio=ratio,
+        agreement=0.9,
+        max_logit_deviation=0.5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("ratio", "gate"), [(0.99, 0.99), (1.02, 0.99), (1.0, 1.0), (0.0, 0.0)]
+)
+def test_gate_lets_pass(ratio: float, gate: float) -> None:
+    """At the gate is through it, and a gate of 0 is none."""
+    check_gate(make_accuracy(ratio), gate=gate)
+
+
+def test_gate_refuses() -> None:
+    """Measured, allowed, and what to try, each as an option of the command."""
+    with pytest.raises(AccuracyGateError) as caught:
+        check_gate(make_accuracy(0.9512), gate=0.99)
+    message = str(caught.value)
+    assert "INT8 keeps 95.12 % of FP32's F1 (76.10 over 200 questions)" in message
+    assert "asks for 99 %" in message
+    assert all(
+        option in message
+        for option in ("--percentile", "--calibration-data", "--gate 0.950")
+    )
+
+
+def test_suggested_gate_would_pass() -> None:
+    """Who takes the message at its word gets through."""
+    found = make_accuracy(0.98765)
+    with pytest.raises(AccuracyGateError) as caught:
+        check_gate(found, gate=0.99)
+    suggested = float(str(caught.value).split("--gate ")[1].split()[0])
+    check_gate(found, gate=suggested)
+
+
+def test_comparison_with_itself() -> None:
+    """The reference keeps all of itself."""
+    reference = Answers(PERFECT, [logits(1.0, 2.0)])
+    found = compare_answers(reference, reference, QUESTIONS)
+    assert found == Accuracy(100.0, 100.0, 4, 1.0, 1.0, 0.0)
+
+
+def test_comparison_is_paired() -> None:
+    """Agreement counts equal texts, right or wrong; F1 is held to the reference's."""
+    reference = Answers({**PERFECT, "q0": "seven"}, [logits(1.0, 2.0)])
+    other = Answers({**PERFECT, "q0": "seven", "q1": "pier"}, [logits(1.0, 1.5)])
+    found = compare_answers(reference, other, QUESTIONS)
+    assert found.agreement == 0.75
+    assert found.exact_match == 50.0
+    assert found.f1_ratio == pytest.approx(50.0 / 75.0)
+    assert found.max_logit_deviation == 0.5
+
+
+def test_reference_without_a_right_answer() -> None:
+    """With nothing to lose, nothing is lost; no division by zero."""
+    wrong = Answers({q.id: "pier" for q in QUESTIONS}, [logits(0.0)])
+    assert compare_answers(wrong, wrong, QUESTIONS).f1_ratio == 1.0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_no_numbers(bad: float) -> None:
+    """NaN compares as smaller than nothing; here it is the worst deviation there is."""
+    assert max_deviation(
+        [logits(1.0, 2.0), logits(0.0)], [logits(1.0, bad), logits(0.0)]
+    ) == float("inf")
+
+
+def test_largest_deviation() -> None:
+    """The largest absolute difference, over all windows, start and end."""
+    zero = np.zeros(2, np.float32)
+    left = [(zero, zero), (zero, zero)]
+    right = [(zero, np.float32([0, -3])), (np.float32([2, 0]), zero)]
+    assert max_deviation(left, right) == 3.0
+    with pytest.raises(ValueError, match="zip"):
+        max_deviation(left, right[:1])
+
+
+def test_padding(windows: list[Window]) -> None:
+    """Padding holds the padding id, mask 0 and type 0, as the gateway pads."""
+    window = windows[0]
+    feed = padded_feed(window, 64, ALL_INPUTS, pad_token_id=9)
+    size = len(window)
+    assert {value.shape for value in feed.values()} == {(1, 64)}
+    assert {value.dtype for value in feed.values()} == {np.dtype(np.int32)}
+    np.testing.assert_array_equal(feed[INPUT_IDS][0, :size], window.input_ids)
+    assert (feed[INPUT_IDS][0, size:] == 9).all()
+    assert feed[ATTENTION_MASK].sum() == size
+    np.testing.assert_array_equal(feed[TOKEN_TYPE_IDS][0, :size], window.token_type_ids)
+    assert not feed[TOKEN_TYPE_IDS][0, size:].any()
+    assert TOKEN_TYPE_IDS not in padded_feed(window, 64, ALL_INPUTS[:2], pad_token_id=9)
+
+
+def test_answers_come_from_the_logits(tokenizer: ReaderTokenizer) -> None:
+    """The span with the highest logits is the answer; padding is cut off first."""
+    encoded = encode_questions(
+        tokenizer, QUESTIONS, max_window_tokens=384, doc_stride=128
+    )
+    lengths: list[int] = []
+
+    def infer(feed: Any) -> Any:
+        # Start and end on every token "v" or "##ik0" … of the name; padding highest.
+        ids = feed[INPUT_IDS]
+        lengths.append(ids.shape[1])
+        first = encoded[len(lengths) - 1].windows[0]
+        name = [
+            first.context_start + i
+            for i, (low, high) in enumerate(first.offsets)
+            if low >= 13 and high <= 17
+        ]
+        start = np.zeros(ids.shape, np.float32)
+        end = np.zeros(ids.shape, np.float32)
+        start[0, name[0]], end[0, name[-1]] = 20, 20
+        start[feed[ATTENTION_MASK] == 0] = 99
+        return start, end
+
+    ticks: list[None] = []
+    answers = answer_questions(
+        infer,
+        encoded,
+        ALL_INPUTS,
+        bucket_for=lambda size: 64,
+        pad_token_id=0,
+        on_question=lambda: ticks.append(None),
+    )
+    assert answers.texts == PERFECT
+    assert lengths == [64] * 4
+    assert [len(start) for start, _ in answers.logits] == [
+        len(item.windows[0]) for item in encoded
+    ]
+    assert len(ticks) == 4

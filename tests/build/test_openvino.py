@@ -1,0 +1,188 @@
+"""What runs is held to what was asked for: rulings by hand, and real compilations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from int8qa.build.engines.openvino import (
+    Execution,
+    OpenVinoEngine,
+    check_execution,
+    median_latencies,
+    save_ir,
+)
+from int8qa.contract import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPE_IDS, Precision
+from int8qa.errors import EnginePrecisionError, ExportError
+from tests.build.tiny import Graphs, make_reader, random_feed, run_onnx
+
+OLD_CPU = ("FP32", "INT8", "BIN")
+NEW_CPU = ("FP32", "FP16", "INT8", "BIN")
+
+
+def execution(gemms: dict[str, int], capabilities: tuple[str, ...]) -> Execution:
+    return Execution(gemms=gemms, device="Test CPU", capabilities=capabilities)
+
+
+def test_int8_that_runs_in_float() -> None:
+    """One quantized GEMM in float is one too many; the message counts both."""
+    found = execution({"i8": 35, "f32": 2}, NEW_CPU)
+    with pytest.raises(EnginePrecisionError, match="runs 35 of 36 quantized GEMMs"):
+        check_execution(found, Precision.INT8, quantized_gemms=36)
+
+
+@pytest.mark.parametrize("gemms", [{"i8": 36, "f16": 1}, {"u8": 30, "i8": 6}])
+def test_int8_that_runs(gemms: dict[str, int]) -> None:
+    """Signed or unsigned, it is INT8; the float head does not matter."""
+    found = execution(gemms, OLD_CPU)
+    assert check_execution(found, Precision.INT8, quantized_gemms=36) == []
+
+
+@pytest.mark.parametrize("gemms", [{"f32": 37}, {"f16": 36, "f32": 1}, {"bf16": 37}])
+def test_unused_half_kernels(gemms: dict[str, int]) -> None:
+    """A CPU with float16 kernels has to use them for all GEMMs."""
+    with pytest.raises(EnginePrecisionError, match="of 37 GEMMs in f16"):
+        check_execution(execution(gemms, NEW_CPU), Precision.FP16, quantized_gemms=0)
+
+
+def test_used_half_kernels() -> None:
+    """All GEMMs in float16: nothing to remark."""
+    found = execution({"f16": 37}, NEW_CPU)
+    assert check_execution(found, Precision.FP16, quantized_gemms=0) == []
+
+
+def test_cpu_without_half_kernels() -> None:
+    """Not an error, but said: the FP16 row of the table is then something else."""
+    found = execution({"f32": 30, "bf16": 7}, OLD_CPU)
+    remarks = check_execution(found, Precision.FP16, quantized_gemms=0)
+    assert remarks == [
+        "Test CPU has no f16 kernels; OpenVINO runs the FP16 model in f32+bf16"
+    ]
+
+
+def test_fp32_has_no_ruling() -> None:
+    """The reference runs in whatever float32 is."""
+    found = execution({"f32": 37}, NEW_CPU)
+    assert check_execution(found, Precision.FP32, quantized_gemms=36) == []
+
+
+@pytest.fixture(scope="module")
+def engines(
+    graphs: Graphs, tmp_path_factory: pytest.TempPathFactory
+) -> dict[Precision, tuple[OpenVinoEngine, Path, int]]:
+    """The tiny BERT, compiled as the build does it: engine, IR and its bytes."""
+    compiled = {}
+    for precision in Precision:
+        int8 = precision is Precision.INT8
+        graph = graphs.quantized_clean if int8 else graphs.float_clean
+        directory = tmp_path_factory.mktemp(str(precision))
+        path, size = save_ir(onnx.load_from_string(graph), directory, precision)
+        compiled[precision] = (OpenVinoEngine(path, precision), path, size)
+    return compiled
+
+
+@pytest.mark.parametrize("precision", Precision)
+def test_compiled_precision(engines: Any, precision: Precision) -> None:
+    """This machine runs what was asked for, or says what it runs instead."""
+    found = engines[precision][0].execution
+    remarks = check_execution(found, precision, quantized_gemms=12)
+    # 12 GEMMs of the encoder, the scores and the context of attention, the head; some
+    # versions fuse attention into one operator.
+    assert 13 <= sum(found.gemms.values()) <= 17
+    assert found.device
+    wants_half = precision is Precision.FP16 and "FP16" not in found.capabilities
+    assert len(remarks) == wants_half
+
+
+@pytest.mark.parametrize(
+    ("precision", "tolerance"),
+    [(Precision.FP32, 1e-4), (Precision.FP16, 0.5), (Precision.INT8, 1.0)],
+)
+def test_compiled_logits(
+    engines: Any, graphs: Graphs, precision: Precision, tolerance: float
+) -> None:
+    """OpenVINO's logits are ONNX Runtime's, within the precision's rounding."""
+    feed = random_feed(make_reader("bert"), [21, 32], 32)
+    int8 = precision is Precision.INT8
+    graph = graphs.quantized_clean if int8 else graphs.float_clean
+    expected = run_onnx(onnx.load_from_string(graph), feed)
+    found = engines[precision][0].infer(feed)
+    real = feed[ATTENTION_MASK] == 1
+    for left, right in zip(expected, found, strict=True):
+        assert right.dtype == np.float32
+        np.testing.assert_allclose(right[real], left[real], atol=tolerance, rtol=0)
+
+
+def test_logits_are_copies(engines: Any) -> None:
+    """A second question does not overwrite the logits of the first."""
+    engine = engines[Precision.FP32][0]
+    reader = make_reader("bert")
+    first, _ = engine.infer(random_feed(reader, [16], 16, seed=1))
+    kept = first.copy()
+    engine.infer(random_feed(reader, [16], 16, seed=2))
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_files(engines: Any) -> None:
+    """Two files per model and nothing else; smaller types make smaller files."""
+    sizes = {}
+    for precision, (_, path, size) in engines.items():
+        files = sorted(file.name for file in path.parent.iterdir())
+        assert files == ["model.bin", "model.xml"]
+        assert size == sum(file.stat().st_size for file in path.parent.iterdir())
+        sizes[precision] = path.with_suffix(".bin").stat().st_size
+    assert sizes[Precision.FP16] < 0.55 * sizes[Precision.FP32]
+    assert sizes[Precision.INT8] < sizes[Precision.FP32]
+
+
+def test_graph_openvino_does_not_know(tmp_path: Path) -> None:
+    """An unknown operator is an ExportError of one line, and leaves no file."""
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+    node = helper.make_node("Unheard", ["x"], ["y"], domain="of.it")
+    graph = helper.make_graph([node], "g", [value], [result])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("of.it", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    with pytest.raises(ExportError, match="OpenVINO cannot convert") as caught:
+        save_ir(model, tmp_path, Precision.INT8)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+class RecordingEngine:
+    """Notes what it is asked."""
+
+    def __init__(self, name: str, calls: list[tuple[str, tuple[int, ...]]]) -> None:
+        self.name = name
+        self.calls = calls
+
+    def infer(self, feed: Mapping[str, Any]) -> None:
+        assert {value.shape for value in feed.values()} == {feed[INPUT_IDS].shape}
+        assert feed[ATTENTION_MASK].all()
+        assert not feed[TOKEN_TYPE_IDS].any()
+        self.calls.append((self.name, feed[INPUT_IDS].shape))
+
+
+def test_engines_take_turns() -> None:
+    """Engines are timed in turns, warm-ups apart, one row per shape."""
+    calls: list[tuple[str, tuple[int, ...]]] = []
+    engines: Any = {name: RecordingEngine(str(name), calls) for name in Precision}
+    table = median_latencies(
+        engines,
+        [(1, 16), (4, 8)],
+        (INPUT_IDS, ATTENTION_MASK, TOKEN_TYPE_IDS),
+        repeats=2,
+        warm_ups=1,
+    )
+    assert table.keys() == {"1x16", "4x8"}
+    assert all(row.keys() == {"int8", "fp16", "fp32"} for row in table.values())
+    names = [str(name) for name in Precision]
+    assert calls == [
+        (name, shape) for shape in ((1, 16), (4, 8)) for _ in range(3) for name in names
+    ]

@@ -1,0 +1,96 @@
+"""``config.pbtxt``: the golden files, the round trip, a model without token types."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+
+from int8qa.build.engines.openvino import PRECISION_HINTS
+from int8qa.build.export import model_inputs
+from int8qa.build.pipeline import BATCH_SIZES, BUCKET_STEP, MAX_WINDOW_TOKENS
+from int8qa.build.triton_config import openvino_model_config, parse_config
+from int8qa.contract import Precision
+from int8qa.errors import RepositoryError
+
+REPOSITORY = Path(__file__).parents[2] / "model_repository"
+BUCKETS = tuple(range(BUCKET_STEP, MAX_WINDOW_TOKENS + 1, BUCKET_STEP))
+
+
+def write_config(precision: Precision, *, takes_token_types: bool = True) -> str:
+    """What the build writes for the demo checkpoint."""
+    return openvino_model_config(
+        precision,
+        inputs=model_inputs(takes_token_types=takes_token_types),
+        sequence_buckets=BUCKETS,
+        batch_sizes=BATCH_SIZES,
+        inference_precision_hint=PRECISION_HINTS[precision],
+    )
+
+
+@pytest.mark.parametrize("precision", Precision)
+def test_golden_files(precision: Precision) -> None:
+    """The files in the repository are the build's; `int8qa build` writes them anew."""
+    path = REPOSITORY / precision.model_name / "config.pbtxt"
+    assert path.read_text(encoding="utf-8") == write_config(precision)
+
+
+@pytest.mark.parametrize("precision", Precision)
+def test_round_trip(precision: Precision) -> None:
+    """Triton's protobuf reads back what was written, field by field."""
+    text = write_config(precision)
+    config = parse_config(text)
+    assert text_format.MessageToString(config) == text
+    assert config.name == f"qa_{precision}"
+    assert config.backend == "python"
+    assert config.max_batch_size == 8
+    assert [(tensor.name, list(tensor.dims)) for tensor in config.input] == [
+        ("input_ids", [-1]),
+        ("attention_mask", [-1]),
+        ("token_type_ids", [-1]),
+    ]
+    assert {tensor.data_type for tensor in config.input} == {8}  # TYPE_INT32
+    assert [tensor.name for tensor in config.output] == ["start_logits", "end_logits"]
+    assert {tensor.data_type for tensor in config.output} == {11}  # TYPE_FP32
+    parameters = {key: value.string_value for key, value in config.parameters.items()}
+    assert json.loads(parameters["sequence_buckets"]) == list(range(32, 385, 32))
+    assert json.loads(parameters["batch_sizes"]) == [1, 2, 4, 8]
+    assert parameters["inference_precision_hint"] == (
+        "f32" if precision is Precision.FP32 else "f16"
+    )
+
+
+def test_queue() -> None:
+    """Zero queue delay; a request carries its own deadline, and late ones are refused."""
+    batching = parse_config(write_config(Precision.INT8)).dynamic_batching
+    assert batching.max_queue_delay_microseconds == 0
+    policy = batching.default_queue_policy
+    assert policy.timeout_action == policy.REJECT
+    assert policy.allow_timeout_override
+    assert policy.default_timeout_microseconds == 60 * 10**6
+
+
+def test_without_token_types() -> None:
+    """A model without segment embeddings is not asked for them."""
+    config = parse_config(write_config(Precision.INT8, takes_token_types=False))
+    assert [tensor.name for tensor in config.input] == ["input_ids", "attention_mask"]
+
+
+def test_refused_values() -> None:
+    """What Triton's protobuf does not take never reaches a file."""
+    with pytest.raises(RepositoryError, match="Triton's protobuf refused"):
+        openvino_model_config(
+            Precision.INT8,
+            inputs=("input_ids",),
+            sequence_buckets=(32,),
+            batch_sizes=(2**40,),
+            inference_precision_hint="f16",
+        )
+
+
+def test_no_config() -> None:
+    """A text that is no ModelConfig is an error of ours."""
+    with pytest.raises(RepositoryError, match="not a Triton model configuration"):
+        parse_config("no_such_field: 1")

@@ -1,0 +1,226 @@
+"""The file Triton runs, outside Triton: merged requests, odd rows, the same logits."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from google.protobuf import json_format
+
+import int8qa.build.engines
+from int8qa.build.engines.openvino import OpenVinoEngine, save_ir
+from int8qa.build.triton_config import openvino_model_config, parse_config
+from int8qa.contract import Precision
+from tests.build.tiny import Graphs, make_reader, random_feed
+
+SOURCE = Path(int8qa.build.engines.__file__).parent / "triton_openvino_model.py"
+BATCH_SIZES = (1, 2, 4)
+
+
+@dataclass
+class Tensor:
+    """Triton's tensor, as far as the model uses it."""
+
+    name: str
+    array: np.ndarray
+
+    def as_numpy(self) -> np.ndarray:
+        return self.array
+
+
+@dataclass
+class InferenceResponse:
+    """Triton's response."""
+
+    output_tensors: list[Tensor]
+
+
+@pytest.fixture(scope="module")
+def backend() -> Iterator[ModuleType]:
+    """The model file, imported as Triton's stub does, with a stand-in for Triton."""
+    name = "triton_python_backend_utils"
+    stand_in: Any = ModuleType(name)
+    stand_in.Tensor = Tensor
+    stand_in.InferenceResponse = InferenceResponse
+    stand_in.get_input_tensor_by_name = lambda request, name: Tensor(
+        name, request[name]
+    )
+    sys.modules[name] = stand_in
+    spec = importlib.util.spec_from_file_location("triton_model_under_test", SOURCE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def repository(graphs: Graphs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of one model, version 1, in FP32."""
+    root = tmp_path_factory.mktemp("qa_fp32")
+    (root / "1").mkdir()
+    save_ir(onnx.load_from_string(graphs.float_clean), root / "1", Precision.FP32)
+    return root
+
+
+def start_model(backend: ModuleType, repository: Path, inputs: Any) -> Any:
+    """``initialize`` with the arguments Triton gives, the config through its JSON."""
+    config = openvino_model_config(
+        Precision.FP32,
+        inputs=inputs,
+        sequence_buckets=(16, 32),
+        batch_sizes=BATCH_SIZES,
+        inference_precision_hint="f32",
+    )
+    model = backend.TritonPythonModel()
+    model.initialize(
+        {
+            "model_config": json_format.MessageToJson(
+                parse_config(config), preserving_proto_field_name=True
+            ),
+            "model_repository": str(repository),
+            "model_version": "1",
+        }
+    )
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(backend: ModuleType, repository: Path, graphs: Graphs) -> Any:
+    return start_model(backend, repository, graphs.inputs)
+
+
+@pytest.fixture(scope="module")
+def engine(repository: Path) -> OpenVinoEngine:
+    """The same IR in the build's own engine: the oracle."""
+    return OpenVinoEngine(repository / "1" / "model.xml", Precision.FP32)
+
+
+@pytest.fixture
+def batches(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the batches that reach the engine."""
+    sizes: list[int] = []
+    infer = model._infer
+
+    def record(feed: Any) -> Any:
+        sizes.append(len(feed["input_ids"]))
+        return infer(feed)
+
+    monkeypatch.setattr(model, "_infer", record)
+    return sizes
+
+
+def check_responses(responses: list[Any], requests: list[Any], engine: Any) -> None:
+    assert len(responses) == len(requests)
+    for response, request in zip(responses, requests, strict=True):
+        names = [tensor.name for tensor in response.output_tensors]
+        assert names == ["start_logits", "end_logits"]
+        expected = engine.infer(request)
+        for tensor, logits in zip(response.output_tensors, expected, strict=True):
+            assert tensor.array.dtype == np.float32
+            np.testing.assert_allclose(tensor.array, logits, atol=1e-4, rtol=0)
+
+
+def make_requests(*shapes: tuple[int, int]) -> list[Any]:
+    """Requests of the given rows and length, every row of its own length."""
+    reader = make_reader("bert")
+    return [
+        random_feed(
+            reader, [length - i for i in range(rows)], length, seed=10 * rows + n
+        )
+        for n, (rows, length) in enumerate(shapes)
+    ]
+
+
+def test_single_request(model: Any, engine: Any, batches: list[int]) -> None:
+    """A batch of a known size goes through as it is."""
+    requests = make_requests((2, 16))
+    check_responses(model.execute(requests), requests, engine)
+    assert batches == [2]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [((3,), [2, 1]), ((1, 1), [2]), ((2, 3, 6), [4, 4, 2, 1]), ((1, 2), [2, 1])],
+    ids=str,
+)
+def test_odd_rows(
+    model: Any, engine: Any, batches: list[int], rows: Any, expected: list[int]
+) -> None:
+    """Merged rows run in sizes the engine knows, and come back to their requests."""
+    requests = make_requests(*((n, 16) for n in rows))
+    check_responses(model.execute(requests), requests, engine)
+    assert batches == expected
+
+
+def test_requests_of_other_lengths(model: Any, engine: Any) -> None:
+    """Requests that cannot be merged are answered one by one, in order."""
+    requests = make_requests((1, 16), (2, 32))
+    check_responses(model.execute(requests), requests, engine)
+
+
+def test_responses_are_copies(model: Any) -> None:
+    """The next batch does not overwrite logits that Triton has not sent yet."""
+    first = model.execute(make_requests((1, 16)))[0].output_tensors[0].array
+    kept = first.copy()
+    model.execute(make_requests((1, 16), (1, 16)))
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_threads(
+    backend: ModuleType,
+    repository: Path,
+    graphs: Graphs,
+    engine: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The number of threads comes from the environment and changes no answer."""
+    monkeypatch.setenv("INT8QA_EMBEDDED__ENGINE_THREADS", "1")
+    model = start_model(backend, repository, graphs.inputs)
+    compiled = model._request.get_compiled_model()
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+    requests = make_requests((1, 16))
+    check_responses(model.execute(requests), requests, engine)
+
+
+def test_it_stands_alone() -> None:
+    """Inside Triton neither int8qa nor torch need be installed."""
+    text = SOURCE.read_text(encoding="utf-8")
+    imports = [
+        line for line in text.splitlines() if line.startswith(("import ", "from "))
+    ]
+    assert sorted(line.split()[1].split(".")[0] for line in imports) == [
+        "__future__",
+        "itertools",
+        "json",
+        "numpy",
+        "openvino",
+        "os",
+        "pathlib",
+        "triton_python_backend_utils",
+        "typing",
+    ]
+
+
+def test_config_travels_as_json(graphs: Graphs) -> None:
+    """Lists in parameters are JSON, since Triton's parameters are strings."""
+    config = parse_config(
+        openvino_model_config(
+            Precision.INT8,
+            inputs=graphs.inputs,
+            sequence_buckets=(32,),
+            batch_sizes=BATCH_SIZES,
+            inference_precision_hint="f16",
+        )
+    )
+    assert json.loads(config.parameters["batch_sizes"].string_value) == [1, 2, 4]

@@ -1,0 +1,534 @@
+"""The command line as a shell sees it: what it prints where, and how it exits."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+
+from int8qa import __version__, cli, errors
+from int8qa.contract import Precision
+from tests.stub_gateway import Reply, answer_reply, problem_reply, run_gateway
+
+COMMANDS = ("build", "up", "serve", "ask", "evaluate")
+SQUAD = {
+    "data": [
+        {
+            "paragraphs": [
+                {
+                    "context": "The key hangs behind the bar.",
+                    "qas": [
+                        {
+                            "id": str(n),
+                            "question": f"Where is the key, {n}?",
+                            "answers": [{"text": "behind the bar", "answer_start": 14}],
+                        }
+                        for n in range(3)
+                    ],
+                }
+            ]
+        }
+    ]
+}
+
+
+@dataclass
+class Finished:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Finished]
+
+
+@pytest.fixture(autouse=True)
+def _clean_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No variables of this machine; logging is put back, which ``serve`` sets up."""
+    for name in list(os.environ):
+        if name.upper().startswith("INT8QA_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.chdir(tmp_path)
+    root = logging.getLogger()
+    before = root.handlers[:], root.level, structlog.get_config()
+    yield
+    root.handlers[:] = before[0]
+    root.setLevel(before[1])
+    structlog.configure(**before[2])
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run ``int8qa`` with arguments, in this process."""
+
+    def call(*arguments: object) -> Finished:
+        monkeypatch.setattr(sys, "argv", ["int8qa", *map(str, arguments)])
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as finished:
+            code = finished.code or 0
+        captured = capsys.readouterr()
+        return Finished(code, captured.out, captured.err)
+
+    return call
+
+
+def check_one_line(finished: Finished, code: int, *parts: str) -> None:
+    """An error: its code, nothing on standard output, one line on standard error."""
+    assert finished.code == code, finished.err
+    assert finished.out == ""
+    lines = finished.err.strip().splitlines()
+    assert len(lines) == 1, finished.err
+    assert lines[0].startswith("int8qa: ")
+    assert "Traceback" not in finished.err
+    for part in parts:
+        assert part in lines[0]
+
+
+@pytest.fixture
+def context_file(tmp_path: Path) -> Path:
+    path = tmp_path / "context.txt"
+    path.write_text("The key hangs behind the bar. ☕\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def squad_file(tmp_path: Path) -> Path:
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps(SQUAD))
+    return path
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(run: Run, command: str, option: str) -> None:
+    """Each command explains itself and exits with 0."""
+    finished = run(command, option)
+    assert finished.code == 0
+    assert f"int8qa {command}" in finished.out
+    assert "--help" in finished.out
+
+
+def test_root_help(run: Run) -> None:
+    """The root lists all commands and says what the exit codes are."""
+    finished = run("--help")
+    assert finished.code == 0
+    assert all(command in finished.out for command in COMMANDS)
+    assert "sysexits.h" in finished.out
+
+
+def test_version(run: Run) -> None:
+    """The version, and nothing else."""
+    assert run("--version") == Finished(0, f"int8qa {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("build", "--no-such-option"),
+        ("no-such-command",),
+        ("ask",),
+        ("ask", "q"),
+        ("build", "--gate", "2"),
+        ("build", "--percentile", "101"),
+        ("build", "--calibrator", "entropy"),
+        ("build", "--calibration-limit", "0"),
+        ("build", "--target", "tensorrt"),
+        ("evaluate", "--data", "x", "--precision", "int4"),
+        ("evaluate", "--data", "x", "--concurrency", "0"),
+        ("up", "--model-repository"),
+    ],
+    ids=" ".join,
+)
+def test_usage_error(run: Run, arguments: tuple[str, ...]) -> None:
+    """A slip on the command line is EX_USAGE, explained on standard error."""
+    finished = run(*arguments)
+    assert finished.code == 64
+    assert finished.out == ""
+    assert "Error" in finished.err
+
+
+@pytest.mark.parametrize("command", ["build", "up", "serve"])
+@pytest.mark.parametrize(
+    ("name", "value"), [("INT8QA_PROT", "1"), ("INT8QA_PORT", "99999")]
+)
+def test_wrong_setting(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: str, name: str, value: str
+) -> None:
+    """A wrong environment is EX_CONFIG, before anything else is done."""
+    monkeypatch.setenv(name, value)
+    check_one_line(run(command), 78, name)
+
+
+def test_serve_without_a_repository(run: Run, tmp_path: Path) -> None:
+    """A gateway without a repository says how to build one."""
+    finished = run("serve", "--model-repository", tmp_path / "none")
+    check_one_line(finished, 78, "int8qa build --model-repository")
+
+
+def test_up_on_a_taken_port(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The port is tried before a build of minutes."""
+    monkeypatch.setattr(
+        cli, "_ensure_repository", lambda settings: pytest.fail("built")
+    )
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setenv("INT8QA_PORT", str(taken.getsockname()[1]))
+        check_one_line(run("up"), 78, "cannot listen on 127.0.0.1", "INT8QA_PORT")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--calibration-data", "none.json"), "no such file: none.json"),
+        (("--evaluation-data", "."), "no such file"),
+        (("--checkpoint", "./none"), "no such checkpoint directory: ./none"),
+    ],
+)
+def test_build_without_its_input(
+    run: Run, arguments: tuple[str, ...], part: str
+) -> None:
+    """What is missing is named, with EX_NOINPUT."""
+    check_one_line(run("build", *arguments), 66, part)
+
+
+def test_build_over_foreign_files(run: Run, tmp_path: Path) -> None:
+    """A directory of somebody else is EX_CANTCREAT."""
+    target = tmp_path / "home"
+    target.mkdir()
+    (target / "thesis.txt").write_text("")
+    finished = run("build", "--model-repository", target)
+    check_one_line(finished, 73, "thesis.txt", "give an empty directory")
+
+
+def test_percentile_of_half(run: Run) -> None:
+    """50 passes the parser's closed bound, and is refused one step further."""
+    check_one_line(run("build", "--percentile", "50"), 70, "percentile is 50.0")
+
+
+def make_outcome(*, cached: bool) -> Any:
+    from int8qa.build.pipeline import BuildOutcome
+
+    accuracy = {
+        "f1": 75.0,
+        "exact_match": 60.0,
+        "f1_ratio": 1.0,
+        "agreement": 1.0,
+        "max_logit_deviation": 0.0,
+    }
+    model = {"accuracy": accuracy, "execution": "i8", "size_bytes": 10**6}
+    manifest = {
+        "checkpoint": {"name": "acme/lesé"},
+        "device": "CPU",
+        "latency_ms": {"1x128": {"int8": 1.0}},
+        "models": {"int8": model},
+        "remarks": [],
+        "verdict": "Verdict: none.",
+    }
+    contract: Any = None
+    return BuildOutcome(contract, manifest, cached=cached)
+
+
+def test_build_options(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every option reaches the build."""
+    from int8qa.build import pipeline
+
+    seen: list[Any] = []
+
+    def fake(options: Any) -> Any:
+        seen.append(options)
+        return make_outcome(cached=True)
+
+    monkeypatch.setattr(pipeline, "build_repository", fake)
+    monkeypatch.setenv("INT8QA_MODEL_REPOSITORY", "from-environment")
+    assert run("build").code == 0
+    assert seen[0] == pipeline.BuildOptions(model_repository=Path("from-environment"))
+    finished = run(
+        *(
+            "build",
+            "--checkpoint",
+            "acme/x",
+            "--revision",
+            "v2",
+            "--target",
+            "openvino",
+        ),
+        *("--recipe", "linear", "--calibrator", "percentile", "--percentile", "99.9"),
+        *("--calibration-data", "c.json", "--calibration-limit", 5, "--gate", 0.5),
+        *("--evaluation-data", "e.json", "--evaluation-limit", 6, "--force"),
+        *("--model-repository", "there"),
+    )
+    assert finished.code == 0
+    assert seen[1] == pipeline.BuildOptions(
+        model_repository=Path("there"),
+        checkpoint="acme/x",
+        revision="v2",
+        calibrator=pipeline.Calibrator("percentile", 99.9),
+        calibration_data=Path("c.json"),
+        calibration_limit=5,
+        evaluation_data=Path("e.json"),
+        evaluation_limit=6,
+        gate=0.5,
+        force=True,
+    )
+    run("build", "--calibrator", "max")
+    assert seen[2].calibrator.name == "max"
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_build_output(run: Run, monkeypatch: pytest.MonkeyPatch, cached: bool) -> None:
+    """The report goes to standard error; with --json the manifest to standard output."""
+    from int8qa.build import pipeline
+
+    outcome = make_outcome(cached=cached)
+    monkeypatch.setattr(pipeline, "build_repository", lambda options: outcome)
+    finished = run("build")
+    assert finished.out == ""
+    assert "Verdict: none." in finished.err
+    assert ("nothing to do" in finished.err) == cached
+    finished = run("build", "--json")
+    assert json.loads(finished.out) == outcome.manifest
+    assert finished.err == ""
+    assert "lesé" in finished.out
+
+
+def test_ask(run: Run, context_file: Path) -> None:
+    """The answer on standard output, times on standard error, the request as asked."""
+    with run_gateway(lambda body: answer_reply("behind the bar")) as gateway:
+        finished = run(
+            *("ask", "Where?", "--context-file", context_file, "--url", gateway.url),
+            *("--top-k", 2, "--precision", "fp16", "--allow-no-answer"),
+        )
+    assert finished.code == 0
+    assert finished.out == "behind the bar  [3:17] score 0.750\n"
+    assert "1 window(s), engine 2.0 ms, total 4.0 ms" in finished.err
+    assert gateway.requests == [
+        {
+            "question": "Where?",
+            "context": "The key hangs behind the bar. ☕\n",
+            "precision": "fp16",
+            "top_k": 2,
+            "allow_no_answer": True,
+        }
+    ]
+
+
+def test_ask_json(run: Run, context_file: Path) -> None:
+    """With --json the gateway's reply, and nothing else."""
+    reply = answer_reply("behind the bar ☕")
+    with run_gateway(lambda body: reply) as gateway:
+        finished = run(
+            "ask", "?", "--context-file", context_file, "--url", gateway.url, "--json"
+        )
+    assert json.loads(finished.out) == reply.body
+    assert finished.err == ""
+
+
+def test_ask_without_an_answer(run: Run, context_file: Path) -> None:
+    """No answer is a result."""
+    with run_gateway(lambda body: answer_reply(None)) as gateway:
+        finished = run("ask", "?", "--context-file", context_file, "--url", gateway.url)
+    assert (finished.code, finished.out) == (0, "(no answer in this text)\n")
+
+
+def test_ask_from_standard_input(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``-`` is standard input, as bytes of UTF-8."""
+    text = "Ærlig talt\r\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    with run_gateway(lambda body: answer_reply("x")) as gateway:
+        assert run("ask", "?", "--context-file", "-", "--url", gateway.url).code == 0
+    assert gateway.requests[0]["context"] == text
+
+
+def test_ask_waits_for_an_overloaded_gateway(run: Run, context_file: Path) -> None:
+    """Refused twice, answered the third time: nobody has to know."""
+
+    def answer(body: dict[str, Any]) -> Reply:
+        if len(gateway.requests) < 3:
+            status = 429 if len(gateway.requests) == 1 else 503
+            return problem_reply(status, "full", Retry_After="0")
+        return answer_reply("x")
+
+    with run_gateway(answer) as gateway:
+        finished = run("ask", "?", "--context-file", context_file, "--url", gateway.url)
+    assert finished.code == 0
+    assert len(gateway.requests) == 3
+
+
+def test_ask_refused(run: Run, context_file: Path) -> None:
+    """The gateway's own words, in one line."""
+    refusal = problem_reply(422, "precision is fp64; served are int8 and fp16")
+    with run_gateway(lambda body: refusal) as gateway:
+        finished = run("ask", "?", "--context-file", context_file, "--url", gateway.url)
+    check_one_line(finished, 69, "HTTP 422: precision is fp64; served are")
+
+
+@pytest.mark.parametrize("command", ["ask", "evaluate"])
+def test_no_gateway(
+    run: Run, context_file: Path, squad_file: Path, command: str
+) -> None:
+    """Nobody listens: EX_UNAVAILABLE, and how to start one."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    given = {"ask": ("?", "--context-file", context_file)}
+    arguments = given.get(command, ("--data", squad_file))
+    finished = run(command, *arguments, "--url", url)
+    check_one_line(finished, 69, f"no gateway answers at {url}", "int8qa up")
+
+
+def test_no_context_file(run: Run, tmp_path: Path) -> None:
+    """A context that cannot be read is EX_NOINPUT, whether absent or a directory."""
+    check_one_line(run("ask", "?", "--context-file", "none.txt"), 66, "none.txt")
+    check_one_line(run("ask", "?", "--context-file", tmp_path), 66, str(tmp_path))
+
+
+def test_context_that_is_no_utf8(run: Run, context_file: Path) -> None:
+    """Latin-1 is named for what it is, with the byte and without the text."""
+    context_file.write_bytes(b"secret caf\xe9")
+    finished = run("ask", "?", "--context-file", context_file)
+    check_one_line(finished, 66, "not UTF-8 (byte 10)")
+    assert "secret" not in finished.err
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"data": []}', '{"data": 1}'])
+def test_evaluate_without_data(run: Run, tmp_path: Path, content: str | None) -> None:
+    """A missing or malformed file is found before the gateway is asked."""
+    path = tmp_path / "data.json"
+    if content is not None:
+        path.write_text(content)
+    check_one_line(run("evaluate", "--data", path), 66, str(path))
+
+
+def test_evaluate(run: Run, squad_file: Path) -> None:
+    """A row per precision, INT8 against the float, and the share of equal answers."""
+
+    def answer(body: dict[str, Any]) -> Reply:
+        wrong = body["precision"] == "int8" and body["question"].endswith("1?")
+        return answer_reply("key" if wrong else "behind the bar")
+
+    with run_gateway(answer) as gateway:
+        finished = run("evaluate", "--data", squad_file, "--url", gateway.url)
+    assert finished.code == 0
+    assert "acme/reader, squad.json: 3 questions" in finished.out
+    rows = {
+        cells[0]: cells[1:]
+        for line in finished.out.splitlines()
+        if (cells := [cell.strip() for cell in line.strip("│").split("│")])[0]
+        in {"int8", "fp16"}
+    }
+    assert rows["fp16"] == ["100.00", "100.00", "2.0", "4.0", "4.0"]
+    assert rows["int8"][:2] == ["66.67", "66.67"]
+    assert "INT8 keeps 66.67 % of FP16's F1" in finished.out
+    assert "same answer, int8/fp16: 66.67 %" in finished.out
+
+
+def test_evaluate_json(run: Run, squad_file: Path) -> None:
+    """With --json standard output is JSON, of the precisions asked for."""
+    with run_gateway(lambda body: answer_reply("behind the bar")) as gateway:
+        finished = run(
+            *("evaluate", "--data", squad_file, "--url", gateway.url, "--json"),
+            *("--precision", "int8", "--precision", "fp32", "--limit", 2),
+        )
+    report = json.loads(finished.out)
+    assert report["questions"] == 2
+    assert list(report["results"]) == ["int8", "fp32"]
+    assert report["agreement"] == {"int8/fp32": 1.0}
+    assert {body["precision"] for body in gateway.requests} == {"int8", "fp32"}
+
+
+@pytest.mark.parametrize(
+    ("has_contract", "demo", "builds"),
+    [(False, False, True), (True, True, True), (True, False, False)],
+    ids=["nothing", "demo", "own"],
+)
+def test_up_builds_only_the_demo(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    has_contract: bool,
+    demo: bool,
+    builds: bool,
+) -> None:
+    """A repository of the user's own choices is served as it is."""
+    from int8qa.build import pipeline
+
+    if has_contract:
+        (tmp_path / "contract.json").write_text("{}")
+    built: list[Path] = []
+
+    def fake(options: Any) -> Any:
+        built.append(options.model_repository)
+        return make_outcome(cached=False)
+
+    monkeypatch.setattr(pipeline, "build_repository", fake)
+    monkeypatch.setattr(pipeline, "is_demo", lambda repository: demo)
+    cli._ensure_repository(cli._settings(tmp_path))
+    assert built == ([tmp_path] if builds else [])
+
+
+@pytest.mark.parametrize("has_contract", [True, False])
+def test_up_without_the_build_stage(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has_contract: bool
+) -> None:
+    """A serving machine needs no torch; with nothing to serve it says what it needs."""
+    monkeypatch.setitem(sys.modules, "int8qa.build.pipeline", None)
+    settings = cli._settings(tmp_path)
+    if has_contract:
+        (tmp_path / "contract.json").write_text("{}")
+        cli._ensure_repository(settings)
+    else:
+        with pytest.raises(errors.MissingDependencyError, match=r"int8qa\[build,cpu\]"):
+            cli._ensure_repository(settings)
+
+
+def test_interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C is 130, without a trace."""
+
+    def interrupt(settings: Any, on_ready: Any) -> None:
+        raise KeyboardInterrupt
+
+    from int8qa.gateway import app
+
+    monkeypatch.setattr(app, "serve", interrupt)
+    finished = run("serve")
+    assert finished.code == 130
+    assert "Traceback" not in finished.err
+
+
+def test_announcement(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first request to try is a shell command that holds valid JSON."""
+    import shlex
+
+    cli._announce("http://127.0.0.1:8080")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    command = next(
+        line for line in captured.err.splitlines() if line.startswith("curl ")
+    )
+    words = shlex.split(command)
+    body = json.loads(words[words.index("-d") + 1])
+    assert body["precision"] == "both"
+    assert body["question"] == cli.SAMPLE_QUESTION
+    assert "1887" in body["context"]
+
+
+def test_choices_are_the_builds() -> None:
+    """What the parser offers is what the build stage knows."""
+    from int8qa.build.calibration import Method
+    from int8qa.build.quantization import RECIPES
+
+    assert {choice.value for choice in cli.RecipeChoice} == RECIPES.keys()
+    assert {choice.value for choice in cli.CalibratorMethod} == set(Method.__args__)
+    assert [str(precision) for precision in Precision] == ["int8", "fp16", "fp32"]
