@@ -28,8 +28,12 @@ check: install ## formatting, lint, types, import rules, generated docs
 bench: install ## engine latency by precision on this machine, and the build's report
 	@$(BIN)/int8qa build --force --model-repository $(or $(TMPDIR),/tmp)/int8qa-bench
 
-golden: ## remake the reader's golden answers (needs transformers 5.2, see tests/golden/README.md)
-	@echo "see tests/golden/README.md"; exit 1
+golden: install ## remake the reader's golden answers, with transformers 5.2 in an environment of its own
+	@test -x .venv-golden/bin/python || $(BIN)/python -m venv .venv-golden
+	@.venv-golden/bin/python -m pip install --quiet "torch==2.13.0" "transformers==5.2.0" "numpy<2"
+	@.venv-golden/bin/python -m tests.golden.make_pipeline_golden \
+	  --checkpoint service/int8qa/data/checkpoint \
+	  --questions service/int8qa/data/questions --output tests/golden/pipeline
 
 lock: ## resolve requirements.lock anew (needs uv)
 	@UV_PYTHON_DOWNLOADS=never uv pip compile pyproject.toml --extra build --extra cpu --extra dev \

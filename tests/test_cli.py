@@ -226,6 +226,7 @@ def make_outcome(*, cached: bool) -> Any:
         "f1": 75.0,
         "exact_match": 60.0,
         "f1_ratio": 1.0,
+        "f1_ratio_margin": 0.004,
         "agreement": 1.0,
         "max_logit_deviation": 0.0,
     }
@@ -269,7 +270,7 @@ def test_build_options(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         *("--recipe", "linear", "--calibrator", "percentile", "--percentile", "99.9"),
         *("--calibration-data", "c.json", "--calibration-limit", 5, "--gate", 0.5),
         *("--evaluation-data", "e.json", "--evaluation-limit", 6, "--force"),
-        *("--model-repository", "there"),
+        *("--model-repository", "there", "--no-smooth"),
     )
     assert finished.code == 0
     assert seen[1] == pipeline.BuildOptions(
@@ -278,6 +279,7 @@ def test_build_options(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         revision="v2",
         calibrator=pipeline.Calibrator("percentile", 99.9),
         calibration_data=Path("c.json"),
+        smooth=False,
         calibration_limit=5,
         evaluation_data=Path("e.json"),
         evaluation_limit=6,

@@ -152,6 +152,10 @@ def build(
             max=100.0,
         ),
     ] = 99.999,
+    smooth: Annotated[
+        bool,
+        typer.Option(help="SmoothQuant: move outlier channels into the weights first."),
+    ] = True,
     calibration_data: Annotated[
         Path | None,
         typer.Option(
@@ -208,6 +212,7 @@ def build(
             if calibrator is CalibratorMethod.PERCENTILE
             else Calibrator("max")
         ),
+        smooth=smooth,
         calibration_limit=calibration_limit,
         evaluation_limit=evaluation_limit,
         gate=gate,

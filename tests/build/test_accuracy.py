@@ -19,7 +19,7 @@ from int8qa.build.accuracy import (
 )
 from int8qa.contract import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPE_IDS
 from int8qa.errors import AccuracyGateError
-from int8qa.reader.squad import SquadQuestion
+from int8qa.reader.squad import SquadQuestion, f1_score
 from int8qa.reader.tokenizer import ReaderTokenizer
 from int8qa.reader.windows import Window
 
@@ -40,12 +40,13 @@ def logits(*values: float) -> Any:
     return row, row
 
 
-def make_accuracy(ratio: float) -> Accuracy:
+def make_accuracy(ratio: float, margin: float = 0.0) -> Accuracy:
     return Accuracy(
         f1=80.0 * ratio,
         exact_match=70.0,
         questions=200,
         f1_ratio=ratio,
+        f1_ratio_margin=margin,
         agreement=0.9,
         max_logit_deviation=0.5,
     )
@@ -59,12 +60,57 @@ def test_gate_lets_pass(ratio: float, gate: float) -> None:
     check_gate(make_accuracy(ratio), gate=gate)
 
 
+@pytest.mark.parametrize(("margin", "passes"), [(0.004, False), (0.012, True)])
+def test_gate_refuses_only_what_chance_does_not_explain(
+    margin: float, passes: bool
+) -> None:
+    """A share below the gate fails unless the gate lies within its margin."""
+    found = make_accuracy(0.98, margin)
+    if passes:
+        check_gate(found, gate=0.99)
+    else:
+        with pytest.raises(AccuracyGateError, match=r"98.00 ± 0.40 %"):
+            check_gate(found, gate=0.99)
+
+
+def test_margin_is_the_bootstraps(windows: list[Window]) -> None:
+    """The closed form agrees with resampling the questions, and shrinks with them."""
+    rng = np.random.default_rng(3)
+    half = {}
+    for count in (200, 800):
+        questions = [make_question(f"q{i}", f"Vik{i} Fjord") for i in range(count)]
+        draw = rng.random((count, 2))
+        texts = [
+            {
+                q.id: "pier" if draw[i, 0] < 0.3 else q.answers[0]
+                for i, q in enumerate(questions)
+            }
+        ]
+        texts.append(
+            {
+                q.id: f"Vik{i}" if draw[i, 1] < 0.1 else texts[0][q.id]
+                for i, q in enumerate(questions)
+            }
+        )
+        found = compare_answers(Answers(texts[0], []), Answers(texts[1], []), questions)
+        x, y = (
+            np.array([f1_score(t[q.id], q.answers) for q in questions]) for t in texts
+        )
+        picks = rng.integers(0, count, (4000, count))
+        ratios = y[picks].mean(1) / x[picks].mean(1)
+        half[count] = found.f1_ratio_margin
+        assert half[count] == pytest.approx(1.645 * ratios.std(), rel=0.08)
+    assert half[800] < half[200]
+
+
 def test_gate_refuses() -> None:
     """Measured, allowed, and what to try, each as an option of the command."""
     with pytest.raises(AccuracyGateError) as caught:
         check_gate(make_accuracy(0.9512), gate=0.99)
     message = str(caught.value)
-    assert "INT8 keeps 95.12 % of FP32's F1 (76.10 over 200 questions)" in message
+    assert (
+        "INT8 keeps 95.12 ± 0.00 % of FP32's F1 (76.10 over 200 questions)" in message
+    )
     assert "asks for 99 %" in message
     assert all(
         option in message
@@ -85,7 +131,7 @@ def test_comparison_with_itself() -> None:
     """The reference keeps all of itself."""
     reference = Answers(PERFECT, [logits(1.0, 2.0)])
     found = compare_answers(reference, reference, QUESTIONS)
-    assert found == Accuracy(100.0, 100.0, 4, 1.0, 1.0, 0.0)
+    assert found == Accuracy(100.0, 100.0, 4, 1.0, 0.0, 1.0, 0.0)
 
 
 def test_comparison_is_paired() -> None:

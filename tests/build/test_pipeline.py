@@ -40,7 +40,7 @@ def make_console() -> Console:
 
 
 def build(options: BuildOptions, console: Console | None = None) -> BuildOutcome:
-    progress = BuildProgress(stages=9, console=console or make_console())
+    progress = BuildProgress(stages=10, console=console or make_console())
     return build_repository(options, progress)
 
 
@@ -170,7 +170,7 @@ def test_files(built: Built) -> None:
 def test_every_stage_is_shown(built: Built) -> None:
     """The number of stages promised is the number shown."""
     labels = [line.split()[0] for line in built.lines if line.startswith("[")]
-    assert set(labels) == {f"[{n}/9]" for n in range(1, 10)}
+    assert set(labels) == {f"[{n}/10]" for n in range(1, 11)}
 
 
 @pytest.mark.usefixtures("no_build")

@@ -27,12 +27,13 @@ def test_int8_wins() -> None:
             "8x128": {"int8": 50.0, "fp16": 100.0, "fp32": 200.0},
         },
         0.9987,
+        0.004,
     )
     assert recommended == "int8"
     assert sentence == (
         "Verdict: INT8 is faster than every float here (speed of INT8: 1x128 3.00 × "
-        "FP16, 3.00 × FP16; 8x128 2.00 × FP16, 2.00 × FP16) and keeps 99.87 % of "
-        "FP32's F1; recommended: int8."
+        "FP16; 8x128 2.00 × FP16) and keeps 99.87 ± 0.40 % of FP32's F1; recommended: "
+        "int8."
     )
 
 
@@ -44,6 +45,7 @@ def test_int8_loses_at_one_shape() -> None:
             "8x128": {"int8": 50.0, "fp16": 100.0, "fp32": 200.0},
         },
         1.0,
+        0.0,
     )
     assert recommended == "fp16"
     assert "INT8 does not pay at every shape here" in sentence
@@ -53,7 +55,7 @@ def test_int8_loses_at_one_shape() -> None:
 def test_a_tie_is_no_gain() -> None:
     """As fast as float is not faster: then the exact one is the better one."""
     recommended, _ = write_verdict(
-        {"1x128": {"int8": 10.0, "fp16": 12.0, "fp32": 10.0}}, 1.0
+        {"1x128": {"int8": 10.0, "fp16": 12.0, "fp32": 10.0}}, 1.0, 0.0
     )
     assert recommended == "fp32"
 
@@ -61,11 +63,11 @@ def test_a_tie_is_no_gain() -> None:
 def test_fp16_slower_than_fp32() -> None:
     """INT8 is held against the best float, not only against a slow FP16."""
     recommended, sentence = write_verdict(
-        {"1x128": {"int8": 10.0, "fp16": 30.0, "fp32": 8.0}}, 0.995
+        {"1x128": {"int8": 10.0, "fp16": 30.0, "fp32": 8.0}}, 0.995, 0.01
     )
     assert recommended == "fp32"
     assert "1x128 3.00 × FP16, 0.80 × FP32" in sentence
-    assert sentence.endswith("keeps 99.50 % of FP32's F1; recommended: fp32.")
+    assert sentence.endswith("keeps 99.50 ± 1.00 % of FP32's F1; recommended: fp32.")
 
 
 def test_stages_without_a_terminal() -> None:
@@ -111,6 +113,7 @@ def _manifest() -> dict[str, Any]:
         "f1": 75.256,
         "exact_match": 60.5,
         "f1_ratio": 0.9991,
+        "f1_ratio_margin": 0.004,
         "agreement": 0.965,
         "max_logit_deviation": 0.4321,
     }
@@ -143,7 +146,17 @@ def test_closing_table() -> None:
     row = next(line for line in lines if "i8+f16" in line)
     cells = [cell.strip() for cell in row.strip("│").split("│")]
     assert cells == [
-        *("int8", "i8+f16", "75.26", "60.50", "99.91", "96.5 %", "0.432", "23", "10.0")
+        *(
+            "int8",
+            "i8+f16",
+            "75.26",
+            "60.50",
+            "99.91 ± 0.40 %",
+            "96.5 %",
+            "0.432",
+            "23",
+            "10.0",
+        )
     ]
     assert lines[-2:] == [
         "note: Test CPU has no [f16] kernels",

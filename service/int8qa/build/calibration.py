@@ -49,6 +49,11 @@ class Calibrator:
             return f"percentile-{self.percentile:.12g}"
         return self.method
 
+    @property
+    def kept_share(self) -> float:
+        """Share of absolute values that are not cut off, 0-1."""
+        return self.percentile / 100 if self.method == "percentile" else 1.0
+
     def compute_amax(self, collector: Any) -> torch.Tensor | None:
         """The ``amax`` of one ModelOpt calibrator that has seen the data.
 

@@ -46,7 +46,7 @@ def clean_graph(model: onnx.ModelProto) -> onnx.ModelProto:
     graph = _Graph(model)
     graph.lift_constants()
     graph.fold_casts()
-    graph.drop_identity_casts()
+    graph.drop_identities()
     graph.fold_quantized_weights()
     graph.fold_transposed_weights()
     graph.merge_equal_nodes()
@@ -127,11 +127,12 @@ class _Graph:
                 dead.append(node)
         self._remove(dead)
 
-    def drop_identity_casts(self) -> None:
-        """Cast to the type a tensor already has: one stands before each Q/DQ.
+    def drop_identities(self) -> None:
+        """Identity, and Cast to the type a tensor already has.
 
-        Engines that run part of the graph in float16 take such a Cast at its word,
-        and then refuse the MatMul of float16 by float32 behind it.
+        One such Cast stands before each Q/DQ. Engines that run part of the graph in
+        float16 take it at its word, and then refuse the MatMul of float16 by float32
+        behind it. Identities stand for equal initializers, and hide that they are.
         """
         import onnx
 
@@ -146,11 +147,11 @@ class _Graph:
         for node in self.graph.node:
             for index, name in enumerate(node.input):
                 node.input[index] = renames.get(name, name)
-            if (
+            idle = node.op_type == "Identity" or (
                 node.op_type == "Cast"
                 and types.get(node.input[0]) == node.attribute[0].i
-                and node.output[0] not in outputs
-            ):
+            )
+            if idle and node.output[0] not in outputs:
                 renames[node.output[0]] = node.input[0]
                 dead.append(node)
         self._remove(dead)

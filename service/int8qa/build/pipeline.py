@@ -53,6 +53,7 @@ from int8qa.build.repository import (
     read_manifest,
     stage_repository,
 )
+from int8qa.build.smoothing import smooth_activations
 from int8qa.build.triton_config import openvino_model_config
 from int8qa.contract import (
     TOKENIZER_FILENAME,
@@ -85,7 +86,10 @@ MAX_BATCH_TOKENS = 1024
 LATENCY_SHAPES = ((1, 128), (1, 384), (8, 128))
 EXPORT_TOLERANCE = 1e-4
 """Largest logit deviation of ONNX FP32 from torch FP32: a few hundred roundings."""
-PARITY_QUESTIONS = 32
+CALIBRATION_WINDOWS = 128
+"""Most windows used, evenly spaced over the calibration questions. Ranges settle
+early, and each window costs a float inference and a histogram per tensor."""
+PARITY_QUESTIONS = 16
 """Questions the export parity is measured on; the engines get all of them."""
 _VERSIONED = ("torch", "transformers", "nvidia-modelopt", "onnx", "openvino")
 _CPU_FLAGS = (
@@ -122,6 +126,8 @@ class BuildOptions:
     evaluation_data: Path = field(default_factory=lambda: questions_file("evaluation"))
     calibration_limit: int | None = None
     """Questions used for calibration; all by default."""
+    smooth: bool = True
+    """SmoothQuant before calibration; see smoothing.py."""
     evaluation_limit: int | None = None
     gate: float = DEFAULT_GATE
     force: bool = False
@@ -156,7 +162,7 @@ def build_repository(
         if current is not None:
             manifest = read_manifest(options.model_repository)
             return BuildOutcome(current, manifest, cached=True)
-    progress = progress or BuildProgress(stages=9)
+    progress = progress or BuildProgress(stages=10 if options.smooth else 9)
     with stage_repository(options.model_repository) as staged:
         builder = _Build(options, files, staged, progress)
         contract, manifest = builder.run(build_id)
@@ -188,6 +194,7 @@ def _choices(options: BuildOptions, files: CheckpointFiles) -> dict[str, Any]:
         "checkpoint": files.name,
         "recipe": options.recipe,
         "calibrator": options.calibrator.name,
+        "smooth": options.smooth,
         "calibration_limit": options.calibration_limit,
         "calibration_data": _data_name(options.calibration_data, "calibration"),
         "evaluation_limit": options.evaluation_limit,
@@ -290,18 +297,7 @@ class _Build:
             float_graph = clean_graph(export_onnx(reader, self.inputs))
         with self.progress.stage("hold ONNX to torch"):
             export_deviation = self._check_export(reader, float_graph)
-        with self.progress.stage(
-            f"calibrate ({self.options.recipe}, {self.options.calibrator.name})",
-            steps=sum(len(item.windows) for item in self.calibration),
-        ) as tick:
-            insert_quantizers(checkpoint.model, RECIPES[self.options.recipe])
-            ranges = calibrate(
-                reader,
-                (window for item in self.calibration for window in item.windows),
-                self.options.calibrator,
-                self.inputs,
-                on_window=tick,
-            )
+        alphas, ranges = self._quantize(checkpoint, reader)
         with self.progress.stage("export Q/DQ to ONNX"):
             quantized_graph = clean_graph(export_onnx(reader, self.inputs))
             census = take_census(quantized_graph)
@@ -332,7 +328,9 @@ class _Build:
             )
             latency_ms = median_latencies(engines, list(shapes), self.inputs)
         int8 = accuracies[Precision.INT8]
-        recommended, verdict = write_verdict(latency_ms, int8.f1_ratio)
+        recommended, verdict = write_verdict(
+            latency_ms, int8.f1_ratio, int8.f1_ratio_margin
+        )
         check_gate(int8, gate=self.options.gate)
         with self.progress.stage("write the model repository"):
             self._write_models()
@@ -365,9 +363,11 @@ class _Build:
             "recipe": self.options.recipe,
             "calibrator": self.options.calibrator.name,
             "calibration_questions": len(self.calibration),
+            "calibration_windows": self.calibration_windows,
             "evaluation_questions": len(self.evaluation),
             "export_max_logit_deviation": export_deviation,
             "census": asdict(census),
+            "smoothing_alpha": alphas,
             "activation_amax": ranges,
             "models": {
                 str(precision): {
@@ -384,6 +384,34 @@ class _Build:
             "remarks": self.remarks,
         }
         return contract, manifest
+
+    def _quantize(
+        self, checkpoint: Checkpoint, reader: Any
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Quantizers into the model: smoothing strengths and ``amax`` by tensor."""
+        options = self.options
+        windows = [window for item in self.calibration for window in item.windows]
+        windows = windows[:: -(-len(windows) // CALIBRATION_WINDOWS)]
+        self.calibration_windows = len(windows)
+        insert_quantizers(checkpoint.model, RECIPES[options.recipe])
+        alphas: dict[str, float] = {}
+        if options.smooth:
+            with self.progress.stage("smooth outliers", steps=len(windows)) as tick:
+                alphas = smooth_activations(
+                    reader,
+                    windows,
+                    self.inputs,
+                    keep=options.calibrator.kept_share,
+                    on_window=tick,
+                )
+        with self.progress.stage(
+            f"calibrate ({options.recipe}, {options.calibrator.name})",
+            steps=len(windows),
+        ) as tick:
+            ranges = calibrate(
+                reader, windows, options.calibrator, self.inputs, on_window=tick
+            )
+        return alphas, ranges
 
     def _prepare(self, checkpoint: Checkpoint) -> None:
         self.inputs = model_inputs(takes_token_types=checkpoint.takes_token_types)

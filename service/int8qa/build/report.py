@@ -21,6 +21,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from int8qa.build.accuracy import describe_share
+
 Tick = Callable[[], None]
 
 
@@ -75,11 +77,13 @@ class BuildProgress:
 def show_manifest(manifest: dict[str, Any], *, console: Console | None = None) -> None:
     """The closing table of a build, from its manifest."""
     console = console or Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        console.width = 120  # a log file has no width to keep to
     shapes = list(manifest["latency_ms"])
     table = Table(title=f"{manifest['checkpoint']['name']} on {manifest['device']}")
     table.add_column("precision")
     table.add_column("runs in")
-    for heading in ("F1", "EM", "% of FP32", "same answers", "max |Δ logit|", "MB"):
+    for heading in ("F1", "EM", "of FP32's F1", "same", "max |Δ|", "MB"):
         table.add_column(heading, justify="right")
     for shape in shapes:
         table.add_column(f"ms {shape}", justify="right")
@@ -90,7 +94,7 @@ def show_manifest(manifest: dict[str, Any], *, console: Console | None = None) -
             model["execution"],
             f"{accuracy['f1']:.2f}",
             f"{accuracy['exact_match']:.2f}",
-            f"{100 * accuracy['f1_ratio']:.2f}",
+            describe_share(accuracy["f1_ratio"], accuracy["f1_ratio_margin"]),
             f"{100 * accuracy['agreement']:.1f} %",
             f"{accuracy['max_logit_deviation']:.3g}",
             f"{model['size_bytes'] / 1e6:.0f}",
@@ -103,13 +107,14 @@ def show_manifest(manifest: dict[str, Any], *, console: Console | None = None) -
 
 
 def write_verdict(
-    latency_ms: dict[str, dict[str, float]], int8_ratio: float
+    latency_ms: dict[str, dict[str, float]], int8_ratio: float, margin: float
 ) -> tuple[str, str]:
     """One sentence: is INT8 worth it here?
 
     Args:
         latency_ms: median milliseconds by shape and precision.
         int8_ratio: share of float32's F1 that INT8 keeps, 0-1.
+        margin: what chance may add to or take from it.
 
     Returns:
         The recommended precision and the sentence. INT8 is held against the best
@@ -123,7 +128,8 @@ def write_verdict(
         gain = floats[best] / by_precision["int8"]
         against_fp16 = by_precision["fp16"] / by_precision["int8"]
         gains.append(gain)
-        parts.append(f"{shape} {against_fp16:.2f} × FP16, {gain:.2f} × {best.upper()}")
+        rival = "" if best == "fp16" else f", {gain:.2f} × {best.upper()}"
+        parts.append(f"{shape} {against_fp16:.2f} × FP16{rival}")
     worth = min(gains) > 1.0
     recommended = "int8" if worth else _best_float(latency_ms)
     opening = (
@@ -133,7 +139,8 @@ def write_verdict(
     )
     sentence = (
         f"Verdict: {opening} (speed of INT8: {'; '.join(parts)}) and keeps "
-        f"{100 * int8_ratio:.2f} % of FP32's F1; recommended: {recommended}."
+        f"{describe_share(int8_ratio, margin)} of FP32's F1; recommended: "
+        f"{recommended}."
     )
     return recommended, sentence
 

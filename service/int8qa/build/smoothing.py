@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-"""Strengths tried beside none at all: 0 leaves the range where it is, 1 moves it all."""
+"""Strengths tried beside none: 0 leaves the range where it is, 1 moves all of it."""
 ROWS_PER_WINDOW = 24
 """Tokens of each window the error is measured on, the largest ones among them."""
 MAX_ROWS = 1024
