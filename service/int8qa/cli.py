@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Coroutine
@@ -481,6 +482,14 @@ def main() -> None:
         raise SystemExit(64 if error.code == 2 else error.code) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except Exception as error:
+        if os.environ.get("INT8QA_LOG_LEVEL", "").lower() == "debug":
+            raise
+        _say(
+            f"int8qa: unexpected {type(error).__name__}: this is a fault of int8qa. "
+            f"Run again with INT8QA_LOG_LEVEL=debug and report what it prints"
+        )
+        raise SystemExit(70) from error
 
 
 if __name__ == "__main__":

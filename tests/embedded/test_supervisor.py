@@ -270,3 +270,17 @@ def test_backoff_jitter_stays_within_half_and_whole() -> None:
     assert (
         1.0 <= RestartBackoff(max_delay_s=8.0, first_delay_s=2.0).next_delay_s(0) <= 2
     )
+
+
+@pytest.mark.triton
+def test_runs_under_uvloop(make_repository: MakeRepository) -> None:
+    """`int8qa up` runs on uvloop, whose transports are no subclasses of asyncio's."""
+    uvloop = pytest.importorskip("uvloop")
+    repository = make_repository()
+
+    async def start_and_stop() -> TritonState:
+        supervisor = make_supervisor(repository)
+        async with supervisor:
+            return supervisor.state
+
+    assert uvloop.run(start_and_stop()) is TritonState.READY

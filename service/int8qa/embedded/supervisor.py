@@ -25,6 +25,7 @@ from collections.abc import Awaitable, Callable
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
+from typing import cast
 
 import grpc
 
@@ -518,9 +519,8 @@ class _TritonRun(asyncio.SubprocessProtocol):
             TRITON_LOG.log(line.level, "%s", line.message)
 
     def _input(self) -> asyncio.WriteTransport:
-        pipe = self._transport.get_pipe_transport(0)
-        assert isinstance(pipe, asyncio.WriteTransport)
-        return pipe
+        # A cast, not a check: uvloop's transports do not inherit from asyncio's.
+        return cast("asyncio.WriteTransport", self._transport.get_pipe_transport(0))
 
     def _describe_exit(self) -> str:
         code = self._transport.get_returncode()
