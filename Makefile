@@ -19,8 +19,8 @@ test: install ## the whole test suite
 	@$(BIN)/python -m pytest
 
 check: install ## formatting, lint, types, import rules, generated docs
-	@$(BIN)/ruff format --check service tests
-	@$(BIN)/ruff check service tests
+	@$(BIN)/ruff format --check service tests scripts
+	@$(BIN)/ruff check service tests scripts
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/python scripts/generate_settings_table.py --check

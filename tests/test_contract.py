@@ -155,3 +155,25 @@ def test_frozen(contract: Contract) -> None:
     """Nobody changes it after it was read."""
     with pytest.raises(ValidationError):
         contract.build_id = "b2"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("sequence_buckets", []),
+        ("sequence_buckets", [64, 32]),
+        ("sequence_buckets", [32, 32]),
+        ("sequence_buckets", [0, 32]),
+        ("batch_sizes", [2, 4]),
+        ("batch_sizes", []),
+        ("format_version", 2),
+    ],
+)
+def test_contract_refuses_shapes_no_batcher_could_use(
+    contract: Contract, field: str, values: object
+) -> None:
+    """Shapes ascend, start with a lone window, and the format is the one we read."""
+    document = contract.model_dump(mode="json")
+    assert Contract.model_validate_json(json.dumps(document))
+    with pytest.raises(ValidationError):
+        Contract.model_validate_json(json.dumps({**document, field: values}))

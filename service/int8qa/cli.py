@@ -66,6 +66,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # "[default: …]" in a help text is no markup
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -98,7 +99,15 @@ RepositoryOption = Annotated[
         show_default=False,
     ),
 ]
-UrlOption = Annotated[str, typer.Option("--url", help="Base URL of a running gateway.")]
+UrlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--url",
+        help="Base URL of a running gateway.  [default: http://127.0.0.1:8080, or "
+        "the port of INT8QA_PORT]",
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Write JSON to standard output.")
 ]
@@ -275,16 +284,17 @@ def ask(
     allow_no_answer: Annotated[
         bool, typer.Option(help="Let the reader say that there is none.")
     ] = False,
-    url: UrlOption = "http://127.0.0.1:8080",
+    url: UrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Ask one question of a text, through a running gateway."""
     from int8qa.client import GatewayClient
 
+    base_url = url or _local_url()
     context = _read_context(context_file)
 
     async def run() -> dict[str, Any]:
-        async with GatewayClient(url) as client:
+        async with GatewayClient(base_url) as client:
             return await client.answer(
                 {
                     "question": question,
@@ -328,19 +338,20 @@ def evaluate(
     concurrency: Annotated[
         int, typer.Option(min=1, max=256, help="Requests under way at once.")
     ] = 8,
-    url: UrlOption = "http://127.0.0.1:8080",
+    url: UrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure EM and F1 by precision through a running gateway, paired."""
     from int8qa.evaluation import Evaluation, evaluate_service
     from int8qa.reader.squad import load_questions
 
+    base_url = url or _local_url()
     questions = load_questions(data)[:limit]
     precisions = precision or [Precision.INT8, Precision.FP16]
 
     async def run(tick: Callable[[], None]) -> Evaluation:
         return await evaluate_service(
-            url, questions, precisions, concurrency=concurrency, on_answer=tick
+            base_url, questions, precisions, concurrency=concurrency, on_answer=tick
         )
 
     with Progress(
@@ -392,6 +403,10 @@ def _show_evaluation(evaluation: Any, data: Path) -> None:
     for pair, share in evaluation.agreement.items():
         print(f"same answer, {pair}: {100 * share:.2f} %")
     print(f"{evaluation.seconds:.0f} s")
+
+
+def _local_url() -> str:
+    return f"http://127.0.0.1:{load_settings().port}"
 
 
 def _settings(model_repository: Path | None) -> Settings:

@@ -12,8 +12,15 @@ import json
 from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 
 from int8qa.errors import ContractError
 
@@ -73,7 +80,7 @@ class ModelRecord(_Frozen):
 class Contract(_Frozen):
     """The shapes, names and identities both halves of int8qa agree on."""
 
-    format_version: int = 1
+    format_version: Literal[1] = 1
     build_id: str = Field(description="hash over everything that shaped the build")
     checkpoint: str = Field(description="hub id or directory name")
     tokenizer_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -91,6 +98,20 @@ class Contract(_Frozen):
     max_batch_tokens: int = Field(ge=16, description="largest B x S, in tokens")
     models: dict[Precision, ModelRecord]
     verdict: str = Field(default="", description="one sentence of the build report")
+
+    @field_validator("sequence_buckets", "batch_sizes")
+    @classmethod
+    def _check_ascending(cls, values: tuple[int, ...]) -> tuple[int, ...]:
+        if not values or values[0] < 1 or list(values) != sorted(set(values)):
+            raise ValueError("must be positive, ascending and without repeats")
+        return values
+
+    @field_validator("batch_sizes")
+    @classmethod
+    def _check_single(cls, values: tuple[int, ...]) -> tuple[int, ...]:
+        if values[0] != 1:
+            raise ValueError("must begin with 1, or a lone window could not leave")
+        return values
 
     def bucket_for(self, length: int) -> int:
         """Padded length for a window of ``length`` tokens.

@@ -118,7 +118,13 @@ def calibrate(
         for window in windows:
             feed = window_feed(window, inputs)
             # A copy: windows are read-only, and torch wants writable memory.
-            reader(*(torch.from_numpy(feed[name].copy()) for name in inputs))
+            try:
+                reader(*(torch.from_numpy(feed[name].copy()) for name in inputs))
+            except FloatingPointError as error:
+                raise BuildError(
+                    f"calibration met {error}: the checkpoint's weights are damaged, "
+                    f"or overflow in float32"
+                ) from error
             on_window()
 
     ranges: dict[str, float] = {}

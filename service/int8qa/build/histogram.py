@@ -35,14 +35,14 @@ class ActivationHistogram(HistogramCalibrator):  # type: ignore[misc]
         """Count the absolute values of ``x`` into bins as wide as the first batch set.
 
         Raises:
-            ValueError: ``x`` holds NaN or infinity.
+            FloatingPointError: ``x`` holds NaN or infinity.
         """
         values = x.detach().abs().float().numpy().ravel()
         if not values.size:
             return
         peak = float(values.max())
         if not np.isfinite(peak):
-            raise ValueError("the activations hold NaN or infinity")
+            raise FloatingPointError("activations that are NaN or infinite")
         if peak == 0.0 and self._calib_hist is None:
             return
         if self._calib_hist is None:
