@@ -46,6 +46,7 @@ class Service:
     process: subprocess.Popen[str]
     port: int
     lines: list[str] = field(default_factory=list)
+    reader: threading.Thread | None = None
 
     @property
     def url(self) -> str:
@@ -94,7 +95,12 @@ class Service:
         """Signal the whole group, as a terminal does, and wait."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
-        return self.process.wait(timeout_s)
+        code = self.process.wait(timeout_s)
+        if self.reader is not None:
+            self.reader.join(timeout_s)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        return code
 
 
 def start_service(port: int, **environment: str) -> Service:
@@ -108,7 +114,8 @@ def start_service(port: int, **environment: str) -> Service:
         start_new_session=True,
     )
     service = Service(process, port)
-    threading.Thread(target=service.read_output, daemon=True).start()
+    service.reader = threading.Thread(target=service.read_output, daemon=True)
+    service.reader.start()
     return service
 
 
