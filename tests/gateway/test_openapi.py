@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -118,8 +119,13 @@ async def test_every_field_is_described(service: Service):
                     assert {"minimum", "maximum"} <= kind.keys(), f"{name}.{field}"
 
 
-async def test_docs_page_is_served(service: Service):
-    """/docs renders the document."""
+async def test_docs_page_is_served_without_a_cdn(service: Service):
+    """/docs renders the document, with scripts and styles of our own."""
     response = await service.client.get("/docs")
     assert response.status_code == 200
     assert "/openapi.json" in response.text
+    assert "//cdn" not in response.text
+    assets = re.findall(r'(?:src|href)="([^"]+)"', response.text)
+    assert len(assets) >= 2
+    for asset in assets:
+        assert (await service.client.get(asset)).status_code == 200, asset

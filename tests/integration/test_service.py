@@ -188,8 +188,7 @@ def test_signals_stop_everything(demo_repository: object, number: int) -> None:
         assert not group_of(running)
         assert running.get_status("/live") == 0
     finally:
-        if running.process.poll() is None:
-            running.stop(signal.SIGKILL)
+        running.stop(signal.SIGKILL)
 
 
 def _cli(command: str) -> list[str]:

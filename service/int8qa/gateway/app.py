@@ -21,6 +21,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -94,7 +95,8 @@ def create_app(
         finally:
             await pipeline.close()
 
-    app = FastAPI(
+    # FastAPI's own page loads its scripts from a CDN: blank where there is no internet.
+    app = FastAPIOffline(
         title="int8qa",
         version=int8qa.__version__,
         description=_DESCRIPTION,
