@@ -48,8 +48,9 @@ clean: ## remove the environment and built models
 	  model_repository/tokenizer.json model_repository/qa_*/1 .mypy_cache .ruff_cache .pytest_cache
 
 # torch is pinned in pyproject.toml: its wheels, and with them their hashes and the
-# CUDA packages they need, differ by build.
-NOT_LOCKED := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas \
+# CUDA packages they need, differ by build. openvino-telemetry reports to Google
+# Analytics, and OpenVINO works without it.
+NOT_LOCKED := openvino-telemetry torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas \
   nvidia-cuda-cupti nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft \
   nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 \
   nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx

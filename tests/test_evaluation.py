@@ -11,9 +11,9 @@ from int8qa import client
 from int8qa.client import GatewayClient
 from int8qa.contract import Precision
 from int8qa.errors import GatewayRequestError
-from int8qa.evaluation import MAX_ANSWER_TOKENS, evaluate_service
+from int8qa.evaluation import evaluate_service
 from int8qa.gateway.schemas import AnswerResponse, ModelsReport
-from int8qa.reader.squad import SquadQuestion
+from int8qa.reader.squad import ANSWER_TOKENS, SquadQuestion
 from tests.stub_gateway import (
     MODELS,
     Reply,
@@ -80,9 +80,7 @@ async def test_every_question_goes_to_every_precision_in_turns() -> None:
         await evaluate_service(gateway.url, questions, BOTH, concurrency=1)
     asked = [(body["question"], body["precision"]) for body in gateway.requests]
     assert asked == [(q.question, str(p)) for q in questions for p in BOTH]
-    assert all(
-        body["max_answer_tokens"] == MAX_ANSWER_TOKENS for body in gateway.requests
-    )
+    assert all(body["max_answer_tokens"] == ANSWER_TOKENS for body in gateway.requests)
 
 
 @pytest.mark.parametrize("impossible", [False, True])

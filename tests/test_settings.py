@@ -124,7 +124,7 @@ def test_unknown_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert set(NAMES) <= set(listed)
 
 
-@pytest.mark.parametrize("name", ["INT8QA_PYTHON", "INT8QA_VENV", "INT8QA_TORCH_INDEX"])
+@pytest.mark.parametrize("name", ["INT8QA_PYTHON", "INT8QA_TORCH_INDEX"])
 def test_install_names(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """What only the Makefile reads is no mistake."""
     monkeypatch.setenv(name, "x")
@@ -162,15 +162,6 @@ def test_overrides_win(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INT8QA_HOST", "0.0.0.0")
     settings = load_settings(port=9001)
     assert (settings.port, settings.host) == (9001, "0.0.0.0")
-
-
-def test_env_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A dotenv file is read where it is named; the environment wins over it."""
-    path = tmp_path / "some.env"
-    path.write_text("INT8QA_PORT=9002\nINT8QA_LIMITS__MAX_ITEMS=7\nOTHER=1\n")
-    monkeypatch.setenv("INT8QA_PORT", "9003")
-    settings = load_settings(env_file=path)
-    assert (settings.port, settings.limits.max_items) == (9003, 7)
 
 
 def test_dotenv_lying_about(tmp_path: Path) -> None:

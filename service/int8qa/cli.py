@@ -190,7 +190,8 @@ def build(
     gate: Annotated[
         float,
         typer.Option(
-            help="Least share of FP32's F1 that INT8 must keep; 0 switches it off.",
+            help="Least share of FP32's F1 that INT8 must keep, but for what chance "
+            "explains; 0 switches it off.",
             min=0.0,
             max=1.0,
         ),
@@ -437,7 +438,8 @@ def _ensure_repository(settings: Settings) -> None:
         if isinstance(error, ImportError):
             raise errors.MissingDependencyError(
                 f"{target} holds no model repository, and the build stage is not "
-                f"installed here: pip install 'int8qa[build,cpu]'"
+                f"installed here: run `make install` in the checkout, or "
+                f"pip install -e '.[build,cpu]'"
             ) from error
         raise
     if not outcome.cached:

@@ -7,6 +7,7 @@ asks again where the gateway says so (429, 503 with Retry-After); knows no model
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import Mapping
 from types import TracebackType
@@ -49,7 +50,13 @@ class GatewayClient:
             GatewayRequestError: no gateway there, it refused the request, or it
                 stayed overloaded.
         """
-        return await self._send("POST", "/v1/answer", json=request)
+        # ASCII escapes carry even what is no Unicode text; the gateway names the field.
+        return await self._send(
+            "POST",
+            "/v1/answer",
+            content=json.dumps(request).encode("ascii"),
+            headers={"content-type": "application/json"},
+        )
 
     async def _send(self, method: str, path: str, **body: Any) -> dict[str, Any]:
         for attempt in range(1, MAX_ATTEMPTS + 1):

@@ -18,9 +18,12 @@ import numpy as np
 
 from int8qa.client import GatewayClient
 from int8qa.contract import Precision
-from int8qa.reader.squad import Scores, SquadQuestion, score_predictions
-
-MAX_ANSWER_TOKENS = 30
+from int8qa.reader.squad import (
+    ANSWER_TOKENS,
+    Scores,
+    SquadQuestion,
+    score_predictions,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,7 @@ async def evaluate_service(
                         "question": question.question,
                         "context": question.context,
                         "precision": str(name),
-                        "max_answer_tokens": MAX_ANSWER_TOKENS,
+                        "max_answer_tokens": ANSWER_TOKENS,
                         "allow_no_answer": allow_no_answer,
                     }
                 )

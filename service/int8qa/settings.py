@@ -1,9 +1,9 @@
 """Run-time settings: environment variables with the prefix ``INT8QA_``.
 
-In: the process environment and an optional ``.env`` file. Out: one frozen
-:class:`Settings`, built once at the entry point and handed down. Unknown names
-are refused, misspelt groups too. What is decided at build time is not here: the
-gateway reads that from the model repository's contract.
+In: the process environment. Out: one frozen :class:`Settings`, built once at the
+entry point and handed down. Unknown names are refused, misspelt groups too. What is
+decided at build time is not here: the gateway reads that from the model
+repository's contract.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from int8qa.errors import ConfigurationError
 ENV_PREFIX = "INT8QA_"
 DELIMITER = "__"
 
-_INSTALL_NAMES = frozenset({"INT8QA_PYTHON", "INT8QA_TORCH_INDEX", "INT8QA_VENV"})
+_INSTALL_NAMES = frozenset({"INT8QA_PYTHON", "INT8QA_TORCH_INDEX"})
 """Variables with our prefix that only the Makefile reads."""
 
 
@@ -134,6 +134,15 @@ class EmbeddedSettings(_Group):
         le=600,
         description="upper bound of the back-off between restarts",
     )
+    grpc_port: int = Field(
+        default=0, ge=0, le=65535, description="Triton's gRPC port; 0: any free one"
+    )
+    metrics_port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="port of Triton's own Prometheus metrics; 0: any free one",
+    )
     engine_threads: int = Field(
         default=0,
         ge=0,
@@ -148,9 +157,8 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX,
         env_nested_delimiter=DELIMITER,
-        env_file_encoding="utf-8",
         frozen=True,
-        extra="ignore",  # a shared .env holds other programs' names; ours are checked
+        extra="forbid",
     )
 
     host: str = Field(default="127.0.0.1", description="address the gateway binds")
@@ -194,16 +202,13 @@ def iter_setting_names() -> Iterator[tuple[str, str, object]]:
 
 def load_settings(
     environ: Mapping[str, str] | None = None,
-    *,
-    env_file: Path | None = None,
     **overrides: object,
 ) -> Settings:
     """Build the settings of this process.
 
     Args:
         environ: where names are checked; the process environment by default.
-        env_file: a dotenv file; the environment wins over it.
-        overrides: values from the command line; they win over both.
+        overrides: values from the command line; they win over it.
 
     Raises:
         ConfigurationError: a name is unknown or a value is out of range.
@@ -216,7 +221,7 @@ def load_settings(
                 f"unknown setting {name}; known are: {', '.join(sorted(known))}"
             )
     try:
-        return Settings(_env_file=env_file, **overrides)  # type: ignore[arg-type]
+        return Settings(**overrides)  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors()[0]
         name = ENV_PREFIX + DELIMITER.join(str(p) for p in first["loc"]).upper()

@@ -57,7 +57,7 @@ def make_accuracy(ratio: float, margin: float = 0.0) -> Accuracy:
 )
 def test_gate_lets_pass(ratio: float, gate: float) -> None:
     """At the gate is through it, and a gate of 0 is none."""
-    check_gate(make_accuracy(ratio), gate=gate)
+    assert check_gate(make_accuracy(ratio), gate=gate) == []
 
 
 @pytest.mark.parametrize(("margin", "passes"), [(0.004, False), (0.012, True)])
@@ -67,7 +67,8 @@ def test_gate_refuses_only_what_chance_does_not_explain(
     """A share below the gate fails unless the gate lies within its margin."""
     found = make_accuracy(0.98, margin)
     if passes:
-        check_gate(found, gate=0.99)
+        (remark,) = check_gate(found, gate=0.99)
+        assert "under the gate of 99 %" in remark
     else:
         with pytest.raises(AccuracyGateError, match=r"98.00 ± 0.40 %"):
             check_gate(found, gate=0.99)
@@ -116,6 +117,14 @@ def test_gate_refuses() -> None:
         option in message
         for option in ("--percentile", "--calibration-data", "--gate 0.950")
     )
+
+
+def test_gate_needs_something_to_lose() -> None:
+    """Where FP32 answers nothing right, nothing is measured; 0 builds all the same."""
+    nothing = Accuracy(0.0, 0.0, 5, 1.0, 0.0, 1.0, 0.0)
+    with pytest.raises(AccuracyGateError, match="none of the 5"):
+        check_gate(nothing, gate=0.99)
+    assert check_gate(nothing, gate=0.0) == []
 
 
 def test_suggested_gate_would_pass() -> None:

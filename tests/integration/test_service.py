@@ -157,6 +157,8 @@ def test_a_killed_triton_comes_back_and_nobody_hangs(service: Service) -> None:
     assert 200 in statuses
     assert statuses <= {200, 503}
     service.wait_ready(60)
+    assert any("restarts so far: 1" in line for line in service.lines)
+    assert victims[0] not in group_of(service)
     assert service.post("/v1/answer", SAMPLE)[0] == 200
 
 
@@ -185,6 +187,7 @@ def test_signals_stop_everything(demo_repository: object, number: int) -> None:
         running.wait_ready()
         assert group_of(running)
         running.stop(number)
+        assert not any("Traceback" in line for line in running.lines)
         assert not group_of(running)
         assert running.get_status("/live") == 0
     finally:

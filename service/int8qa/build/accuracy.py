@@ -17,7 +17,12 @@ import numpy.typing as npt
 from int8qa.contract import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPE_IDS
 from int8qa.errors import AccuracyGateError
 from int8qa.reader.spans import decode_spans
-from int8qa.reader.squad import SquadQuestion, f1_score, score_predictions
+from int8qa.reader.squad import (
+    ANSWER_TOKENS,
+    SquadQuestion,
+    f1_score,
+    score_predictions,
+)
 from int8qa.reader.tokenizer import ReaderTokenizer
 from int8qa.reader.windows import Window, split_windows
 
@@ -26,9 +31,6 @@ DEFAULT_GATE = 0.99
 
 _ONE_SIDED_95 = 1.645
 """Standard errors below which 95 % of a normal distribution lie, on one side."""
-
-MAX_ANSWER_TOKENS = 30
-"""Source: the original BERT SQuAD evaluation, ``max_answer_length``."""
 
 Logits = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 Infer = Callable[[Mapping[str, Any]], Logits]
@@ -134,7 +136,7 @@ def answer_questions(
             item.windows,
             [start for start, _ in rows],
             [end for _, end in rows],
-            max_answer_tokens=MAX_ANSWER_TOKENS,
+            max_answer_tokens=ANSWER_TOKENS,
         )
         texts[item.question.id] = spans[0].text if spans else ""
         logits.extend(rows)
@@ -195,7 +197,7 @@ def max_deviation(reference: Sequence[Logits], other: Sequence[Logits]) -> float
     return worst
 
 
-def check_gate(int8: Accuracy, *, gate: float) -> None:
+def check_gate(int8: Accuracy, *, gate: float) -> list[str]:
     """Refuse an INT8 model that is shown to lose more than the gate allows.
 
     Shown: the share of float32's F1 lies below the gate by more than chance explains.
@@ -208,9 +210,19 @@ def check_gate(int8: Accuracy, *, gate: float) -> None:
             comparison would say nothing.
         gate: least share of float32's F1, 0-1; 0 switches the gate off.
 
+    Returns:
+        Remarks for the report: that the questions are too few to decide.
+
     Raises:
-        AccuracyGateError: measured, allowed, and what to try next.
+        AccuracyGateError: measured, allowed, and what to try next; or FP32 itself
+            answers nothing right, so that there is nothing to compare.
     """
+    if gate and not int8.f1 and int8.f1_ratio == 1.0:
+        raise AccuracyGateError(
+            f"FP32 answers none of the {int8.questions} evaluation questions right, so "
+            f"what INT8 costs cannot be measured; give other --evaluation-data, or "
+            f"--gate 0 to build all the same"
+        )
     if int8.f1_ratio + int8.f1_ratio_margin < gate:
         raise AccuracyGateError(
             f"INT8 keeps {describe_share(int8.f1_ratio, int8.f1_ratio_margin)} of "
@@ -219,6 +231,14 @@ def check_gate(int8: Accuracy, *, gate: float) -> None:
             f"questions (--calibration-data), or --gate "
             f"{int8.f1_ratio - 0.001:.3f} if this loss is acceptable"
         )
+    if int8.f1_ratio < gate:
+        return [
+            f"INT8 keeps {describe_share(int8.f1_ratio, int8.f1_ratio_margin)} of "
+            f"FP32's F1: under the gate of {100 * gate:g} %, but by no more than chance "
+            f"explains on {int8.questions} questions. Measure on more of them with "
+            f"`int8qa evaluate`"
+        ]
+    return []
 
 
 def describe_share(ratio: float, margin: float) -> str:

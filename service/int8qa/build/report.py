@@ -75,32 +75,39 @@ class BuildProgress:
 
 
 def show_manifest(manifest: dict[str, Any], *, console: Console | None = None) -> None:
-    """The closing table of a build, from its manifest."""
+    """The closing tables of a build, from its manifest."""
     console = console or Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        console.width = 120  # a log file has no width to keep to
+    accuracies = Table(
+        title=f"{manifest['checkpoint']['name']} on {manifest['device']}",
+        title_justify="left",
+    )
+    accuracies.add_column("precision")
+    for heading in ("F1", "EM", "of FP32's F1", "same", "max |Δ|"):
+        accuracies.add_column(heading, justify="right")
+    engines = Table(title="milliseconds by batch × tokens", title_justify="left")
+    engines.add_column("precision")
+    engines.add_column("runs in")
+    engines.add_column("MB", justify="right")
     shapes = list(manifest["latency_ms"])
-    table = Table(title=f"{manifest['checkpoint']['name']} on {manifest['device']}")
-    table.add_column("precision")
-    table.add_column("runs in")
-    for heading in ("F1", "EM", "of FP32's F1", "same", "max |Δ|", "MB"):
-        table.add_column(heading, justify="right")
     for shape in shapes:
-        table.add_column(f"ms {shape}", justify="right")
+        engines.add_column(shape, justify="right")
     for precision, model in manifest["models"].items():
         accuracy = model["accuracy"]
-        table.add_row(
+        accuracies.add_row(
             precision,
-            model["execution"],
             f"{accuracy['f1']:.2f}",
             f"{accuracy['exact_match']:.2f}",
             describe_share(accuracy["f1_ratio"], accuracy["f1_ratio_margin"]),
             f"{100 * accuracy['agreement']:.1f} %",
             f"{accuracy['max_logit_deviation']:.3g}",
+        )
+        engines.add_row(
+            precision,
+            model["execution"],
             f"{model['size_bytes'] / 1e6:.0f}",
             *(f"{manifest['latency_ms'][shape][precision]:.1f}" for shape in shapes),
         )
-    console.print(table)
+    console.print(accuracies, engines)
     for remark in manifest["remarks"]:
         console.print(f"note: {remark}", markup=False, soft_wrap=True)
     console.print(manifest["verdict"], markup=False, soft_wrap=True)

@@ -17,6 +17,10 @@ from typing import Any
 
 from int8qa.errors import DataFileError
 
+ANSWER_TOKENS = 30
+"""Longest answer in SQuAD evaluations, in tokens. Source: the original BERT's
+``run_squad.py``, ``max_answer_length``."""
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 

@@ -55,7 +55,8 @@ def _import_openvino() -> Any:
         import openvino
     except ImportError as error:
         raise MissingDependencyError(
-            "the OpenVINO engine is not installed: pip install 'int8qa[build,cpu]'"
+            "the OpenVINO engine is not installed: run `make install` in the checkout, "
+            "or pip install -e '.[build,cpu]'"
         ) from error
     return openvino
 
@@ -79,7 +80,8 @@ def save_ir(
     source = directory / "source.onnx"
     source.write_bytes(model.SerializeToString())
     try:
-        converted = openvino.convert_model(source)
+        # Not `openvino.convert_model`: it reports its use to Google Analytics.
+        converted = openvino.Core().read_model(source)
         path = directory / MODEL_FILENAME
         openvino.save_model(
             converted, path, compress_to_fp16=precision is Precision.FP16
