@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -143,3 +144,15 @@ def test_shared_memory_is_removed_by_prefix(tmp_path: Path) -> None:
     guard.remove_shared_memory("ours-", root=tmp_path)
 
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_no_descriptor_left_is_not_taken_for_a_death() -> None:
+    """A process that cannot be looked at is no process that is gone."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            guard.read_process(os.getpid())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert guard.read_process(2**30) is None

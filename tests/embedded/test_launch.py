@@ -59,7 +59,10 @@ def test_composed_directory_completes_the_wheel(
     before = sorted(installation.backend_directory.iterdir())
 
     launch.compose_files(
-        installation, tmp_path / "private", package_directories=["/there", "/it's"]
+        installation,
+        tmp_path / "private",
+        model_repository=tmp_path / "my models",
+        package_directories=["/there", "/it's"],
     )
 
     backend = tmp_path / "private" / "backends" / "python"
@@ -71,6 +74,8 @@ def test_composed_directory_completes_the_wheel(
     assert all(path.resolve().is_file() for path in backend.iterdir())
     assert (tmp_path / "private" / "lib" / "libpython3.11.so.1.0").resolve().is_file()
     assert sorted(installation.backend_directory.iterdir()) == before
+    models = tmp_path / "private" / "models"
+    assert models.readlink() == tmp_path / "my models"
     asked = "import sys; print(sys.prefix, sys.path)"
     answer = subprocess.run(
         [tmp_path / "private" / "bin" / "python3", "-I", "-c", asked],
@@ -80,6 +85,37 @@ def test_composed_directory_completes_the_wheel(
     )
     assert answer.stdout.startswith(f"{tmp_path / 'private'} ")
     assert "'/there', \"/it's\"" in answer.stdout
+
+
+@pytest.mark.parametrize("name", ["a b", "a\tb", "$(b)", "it's"])
+def test_private_directory_needs_no_quoting(tmp_path: Path, name: str) -> None:
+    """A temporary directory that an unquoted shell would split is passed over."""
+    preferred = tmp_path / name
+    preferred.mkdir()
+
+    directory = launch.make_private_directory(str(preferred))
+
+    assert directory.is_dir()
+    directory.rmdir()
+    assert directory.parent != preferred
+    assert directory.parent in map(Path, launch._TEMPORARY_DIRECTORIES)
+
+
+def test_private_directory_is_where_it_was_asked_for(tmp_path: Path) -> None:
+    """A usable TMPDIR is used."""
+    assert launch.make_private_directory(str(tmp_path)).parent == tmp_path
+
+
+def test_no_usable_temporary_directory_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line names every directory looked at, its fault and what to set."""
+    monkeypatch.setattr(launch, "_TEMPORARY_DIRECTORIES", (str(tmp_path / "absent"),))
+
+    with pytest.raises(
+        EmbeddedTritonError, match=r"a b has white space.*absent: No such.*TMPDIR"
+    ):
+        launch.make_private_directory(str(tmp_path / "a b"))
 
 
 def test_environment_puts_ours_first_and_keeps_the_rest(
@@ -107,7 +143,6 @@ def test_arguments_listen_on_loopback_only(
     """No endpoint of the embedded Triton is reachable from another machine."""
     arguments = launch.build_arguments(
         installation,
-        model_repository=tmp_path,
         directory=tmp_path,
         ports=launch.TritonPorts(grpc=11_001, metrics=11_002),
         shm_prefix="p-",
@@ -117,6 +152,7 @@ def test_arguments_listen_on_loopback_only(
     assert "--grpc-address=127.0.0.1" in arguments
     assert "--metrics-address=127.0.0.1" in arguments
     assert "--allow-http=false" in arguments
+    assert f"--model-repository={tmp_path / 'models'}" in arguments
     assert "--exit-timeout-secs=1" in arguments
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import int8qa
 from int8qa.embedded.locate import HostFacts, locate_triton, read_host_facts
 from int8qa.errors import MissingDependencyError
 
@@ -56,7 +59,7 @@ def test_complete_installation_is_found(host: HostFacts, tmp_path: Path) -> None
         ({"libc_version": "2.31"}, ["glibc 2.35", "glibc 2.31"]),
         ({"libc_version": "2.4"}, ["glibc 2.35", "glibc 2.4"]),
         ({"libc": "", "libc_version": ""}, ["glibc 2.35", "another C library"]),
-        ({"package_directory": None}, ['pip install "int8qa[cpu]"']),
+        ({"package_directory": None}, ["make install", "pip install -e '.[cpu]'"]),
         ({"python_version": (3, 12)}, ["libpython3.12.so.1.0", "--enable-shared"]),
         ({"has_bash": False}, ["no bash on PATH"]),
         ({"library_directories": ()}, ["libpython3.11.so.1.0", "bin/python"]),
@@ -104,3 +107,20 @@ def test_host_facts_describe_this_interpreter() -> None:
 
     assert facts.python_executable.exists()
     assert facts.python_name.startswith("3.")
+
+
+def test_locating_is_cheap_to_import() -> None:
+    """Whether there is a Triton is told without gRPC and pydantic installed."""
+    code = (
+        "import sys; from int8qa.embedded import locate_triton; "
+        "print(*{'grpc', 'pydantic', 'numpy'} & set(sys.modules))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        check=True,
+        env={"PYTHONPATH": str(Path(int8qa.__file__).parents[1])},
+        text=True,
+    )
+
+    assert answer.stdout.strip() == ""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import errno
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -13,7 +16,8 @@ import pytest
 import tritonclient.grpc.aio as triton
 
 import int8qa
-from int8qa.embedded import TritonState, TritonSupervisor, locate_triton
+from int8qa.embedded import TritonState, TritonSupervisor, guard, locate_triton
+from int8qa.embedded import supervisor as supervisor_module
 from int8qa.embedded.guard import SHARED_MEMORY, iter_group
 from int8qa.embedded.launch import pick_free_port
 from int8qa.embedded.supervisor import RestartBackoff
@@ -118,6 +122,133 @@ async def test_killed_triton_comes_back_on_the_same_port(
 
 
 @pytest.mark.triton
+async def test_white_space_in_every_path_is_no_obstacle(
+    make_repository: MakeRepository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkout in "a b" works: the models, the wheel and TMPDIR may lie there."""
+    spaced = tmp_path / "a b"
+    spaced.mkdir()
+    repository = make_repository().rename(spaced / "my models")
+    supervisor = make_supervisor(repository)
+    installation = supervisor._installation
+    packages = installation.libraries.parent
+    (spaced / "packages").symlink_to(packages)
+    supervisor._installation = dataclasses.replace(
+        installation,
+        **{
+            name: spaced
+            / "packages"
+            / getattr(installation, name).relative_to(packages)
+            for name in ("server", "backend_directory", "stub", "libraries")
+        },
+    )
+    monkeypatch.setenv("TMPDIR", str(spaced))
+
+    async with supervisor:
+        assert await ask(supervisor.grpc_url) == ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    "shortage",
+    [OSError(errno.EAGAIN, "no more"), RuntimeError("can't start new thread")],
+    ids=["process", "thread"],
+)
+async def test_watch_outlives_shortages_and_cleaners(
+    make_repository: MakeRepository,
+    monkeypatch: pytest.MonkeyPatch,
+    shortage: Exception,
+) -> None:
+    """A spawn that fails and a private directory that is gone are got over."""
+    supervisor = make_supervisor(make_repository())
+    spawn = supervisor_module._TritonRun.spawn
+    shortages = [shortage]
+
+    async def spawn_at_second_attempt(**options):
+        if shortages:
+            raise shortages.pop()
+        return await spawn(**options)
+
+    async with supervisor:
+        monkeypatch.setattr(
+            supervisor_module._TritonRun, "spawn", spawn_at_second_attempt
+        )
+        assert supervisor._directory is not None
+        shutil.rmtree(supervisor._directory)
+        assert supervisor.process_group is not None
+        os.kill(find_process(supervisor.process_group, "tritonserver"), signal.SIGKILL)
+        await asyncio.wait_for(
+            supervisor.wait_for_state(TritonState.READY, min_restarts=2), LIMIT_S
+        )
+
+        assert await ask(supervisor.grpc_url) == ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
+        directory = supervisor._directory
+    assert not shortages
+    assert not directory.exists()
+
+
+async def test_unreadable_process_table_is_no_death(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Out of file descriptors we cannot see the stubs; their Triton lives on."""
+    run = supervisor_module._TritonRun(shm_prefix="p-", stop_timeout_s=1.0)
+    run._stubs = [1]
+    looks = []
+
+    def fail_to_look(pid: int) -> None:
+        looks.append(pid)
+        if len(looks) == 3:
+            run.process_exited()
+        raise OSError(errno.EMFILE, "too many")
+
+    monkeypatch.setattr(supervisor_module, "_WATCH_POLL_S", 0.001)
+    monkeypatch.setattr(guard, "read_process", fail_to_look)
+    monkeypatch.setattr(run, "_describe_exit", lambda: "exit status 7")
+
+    assert await asyncio.wait_for(run.wait_failed(), LIMIT_S) == (
+        "tritonserver ended (exit status 7)"
+    )
+    assert looks == [1, 1, 1]
+
+
+@pytest.mark.triton
+async def test_ports_come_from_the_settings_and_are_logged(
+    make_repository: MakeRepository, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Prometheus can be pointed at a fixed address, told in one log line."""
+    caplog.set_level("INFO", logger="int8qa.embedded")
+    grpc_port = pick_free_port()
+    metrics_port = pick_free_port([grpc_port])
+    settings = SETTINGS.model_copy(
+        update={"grpc_port": grpc_port, "metrics_port": metrics_port}
+    )
+
+    async with make_supervisor(make_repository(), settings) as supervisor:
+        assert supervisor.grpc_url == f"127.0.0.1:{grpc_port}"
+        assert supervisor.metrics_url == f"http://127.0.0.1:{metrics_port}/metrics"
+        reader, writer = await asyncio.open_connection("127.0.0.1", metrics_port)
+        writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
+        assert b"nv_inference_count" in await reader.read()
+        writer.close()
+        await writer.wait_closed()
+
+    assert (
+        f"Triton is ready: gRPC on 127.0.0.1:{grpc_port}, "
+        f"metrics at http://127.0.0.1:{metrics_port}/metrics"
+    ) in caplog.messages
+
+
+async def test_one_port_for_two_purposes_is_refused(tmp_path: Path) -> None:
+    """The message names the port and both settings."""
+    supervisor = make_supervisor(tmp_path, grpc_port=11_001, metrics_port=11_001)
+
+    with pytest.raises(
+        EmbeddedTritonError, match=r"both 11001.*grpc_port.*metrics_port"
+    ):
+        await supervisor.start()
+
+
+@pytest.mark.triton
 async def test_model_that_does_not_load_gives_its_reason(
     make_repository: MakeRepository,
 ) -> None:
@@ -179,7 +310,7 @@ async def test_taken_port_is_named(
     supervisor = make_supervisor(make_repository(), **{purpose: port})
 
     async with server:
-        with pytest.raises(EmbeddedTritonError, match=rf"port {port} .*in use"):
+        with pytest.raises(EmbeddedTritonError, match=rf"port {port} .*{purpose}"):
             await supervisor.start()
 
 

@@ -8,7 +8,20 @@ gateway, the build stage and what the models compute. Reading order: `locate`,
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from int8qa.embedded.locate import TritonInstallation, locate_triton
-from int8qa.embedded.supervisor import TritonState, TritonSupervisor
+
+if TYPE_CHECKING:
+    from int8qa.embedded.supervisor import TritonState, TritonSupervisor
 
 __all__ = ["TritonInstallation", "TritonState", "TritonSupervisor", "locate_triton"]
+
+
+def __getattr__(name: str) -> object:
+    """Import the supervisor on first use: it brings gRPC, `locate` brings nothing."""
+    if name in {"TritonState", "TritonSupervisor"}:
+        from int8qa.embedded import supervisor
+
+        return getattr(supervisor, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

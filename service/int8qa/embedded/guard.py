@@ -45,13 +45,16 @@ class ProcessStatus:
 
 
 def read_process(pid: int) -> ProcessStatus | None:
-    """Read one process's status; None when it is gone.
+    """Read one process's status; None when it is gone or hidden from us.
 
     Source: proc_pid_stat(5), fields 1, 2, 3 and 5.
+
+    Raises:
+        OSError: it cannot be told, for want of file descriptors above all.
     """
     try:
         text = Path("/proc", str(pid), "stat").read_text("utf-8", "replace")
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
     name, _, rest = text.partition("(")[2].rpartition(")")
     fields = rest.split()
@@ -69,9 +72,10 @@ def iter_group(group: int) -> Iterator[ProcessStatus]:
 
 def remove_shared_memory(prefix: str, *, root: Path = SHARED_MEMORY) -> None:
     """Remove the shared-memory regions whose name begins with ``prefix``."""
-    for path in root.glob(f"{prefix}*"):
-        with contextlib.suppress(OSError):
-            path.unlink()
+    with contextlib.suppress(OSError):
+        for path in root.glob(f"{prefix}*"):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def main() -> int:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import shlex
 import socket
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,8 @@ MIN_SHM_BYTES = 16 * 2**20
 """Each model instance takes 1 MiB of shared memory and grows in steps of 1 MiB.
 Source: the Python backend's shm-default-byte-size and shm-growth-byte-size."""
 _PORTS_BELOW_EPHEMERAL = 10_000
+_TEMPORARY_DIRECTORIES = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - by mkdtemp
+_MODELS = "models"
 _counter = itertools.count()
 
 
@@ -77,16 +81,48 @@ def list_package_directories() -> list[str]:
     ]
 
 
+def make_private_directory(preferred: str | None) -> Path:
+    """Make an empty directory whose path a shell takes as one plain word.
+
+    Triton starts its Python stubs by an unquoted `bash -c`.
+
+    Args:
+        preferred: where to make it, usually TMPDIR; the system's temporary
+            directories follow.
+
+    Raises:
+        EmbeddedTritonError: none of them will do.
+    """
+    reasons = []
+    for name in (preferred, *_TEMPORARY_DIRECTORIES):
+        if not name:
+            continue
+        parent = str(Path(name).absolute())
+        if shlex.quote(parent) != parent:
+            reasons.append(f"{parent} has white space or special characters")
+            continue
+        try:
+            return Path(tempfile.mkdtemp(prefix="int8qa-triton-", dir=parent))
+        except OSError as error:
+            reasons.append(f"{parent}: {error.strerror}")
+    raise EmbeddedTritonError(
+        f"no temporary directory is usable for Triton ({'; '.join(reasons)}); set "
+        "TMPDIR to one that is writable and has a path without white space"
+    )
+
+
 def compose_files(
     installation: TritonInstallation,
     directory: Path,
     *,
+    model_repository: Path,
     package_directories: Sequence[str],
 ) -> None:
     """Fill ``directory`` with what Triton needs beside the wheel's own files.
 
     ``backends/python``: Triton looks for the stub beside the backend's library,
     where the wheel has none.
+    ``models``: the model repository by a name that needs no quoting; its own may.
     ``lib``: libpython alone, so that nothing else of Python's library directory (a
     conda environment's libstdc++, say) reaches Triton.
     ``bin``, ``pyvenv.cfg``, ``lib/python3.x``: a virtual environment. The stub's
@@ -97,7 +133,8 @@ def compose_files(
 
     Args:
         installation: the Triton to link to.
-        directory: is created.
+        directory: from :func:`make_private_directory`.
+        model_repository: absolute path.
         package_directories: added to the stub's module search path, their ``.pth``
             files obeyed (editable installations).
     """
@@ -106,6 +143,7 @@ def compose_files(
     for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
         (backend / name).symlink_to(installation.backend_directory / name)
     (backend / STUB_NAME).symlink_to(installation.stub)
+    (directory / _MODELS).symlink_to(model_repository)
     version = installation.stub.parent.name
     site_packages = directory / "lib" / f"python{version}" / "site-packages"
     site_packages.mkdir(parents=True)
@@ -129,7 +167,6 @@ def compose_files(
 def build_arguments(
     installation: TritonInstallation,
     *,
-    model_repository: Path,
     directory: Path,
     ports: TritonPorts,
     shm_prefix: str,
@@ -138,7 +175,7 @@ def build_arguments(
     """Return the command line of `tritonserver`, the program first."""
     return [
         str(installation.server),
-        f"--model-repository={model_repository}",
+        f"--model-repository={directory / _MODELS}",
         # Every model loads at start-up or Triton exits and says why.
         "--model-control-mode=none",
         "--exit-on-error=true",

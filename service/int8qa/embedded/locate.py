@@ -24,6 +24,7 @@ MIN_GLIBC = (2, 35)
 MACHINES = ("x86_64", "aarch64")
 """Source: the platform tags of the published wheels."""
 STUB_NAME = "triton_python_backend_stub"
+_INSTALL = "run `make install` in the checkout, or `pip install -e '.[cpu]'` there"
 _ELSEWHERE = "or run Triton elsewhere and use `int8qa serve`"
 
 
@@ -94,7 +95,7 @@ def locate_triton(host: HostFacts | None = None) -> TritonInstallation:
     if package is None:
         raise MissingDependencyError(
             "the embedded Triton is not installed (no package nvidia-pytriton); "
-            f'install it with: pip install "int8qa[cpu]", {_ELSEWHERE}'
+            f"{_INSTALL}, {_ELSEWHERE}"
         )
     root = package / "tritonserver"
     installation = TritonInstallation(
@@ -129,7 +130,7 @@ def locate_triton(host: HostFacts | None = None) -> TritonInstallation:
         if not path.exists():
             raise MissingDependencyError(
                 f"the installed nvidia-pytriton is incomplete ({path} is missing); "
-                'reinstall it: pip install --force-reinstall "int8qa[cpu]"'
+                f"uninstall that package, then {_INSTALL}"
             )
     return installation
 

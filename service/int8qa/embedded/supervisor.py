@@ -18,7 +18,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -39,6 +38,7 @@ from int8qa.embedded.launch import (
     compose_files,
     is_port_free,
     list_package_directories,
+    make_private_directory,
     name_shm_prefix,
     pick_free_port,
     remove_stale_shared_memory,
@@ -156,8 +156,9 @@ class TritonSupervisor:
         Args:
             installation: the Triton to run.
             model_repository: a complete model repository.
-            settings: time limits and engine threads.
-            grpc_port: a fixed loopback port, 0 for any free one.
+            settings: time limits, engine threads and ports.
+            grpc_port: a fixed loopback port; 0 leaves the choice to the settings,
+                and 0 there means any free one.
             metrics_port: likewise, for Prometheus.
             check_ready: given host:port, tells whether Triton serves.
             backoff: delays between restarts.
@@ -165,7 +166,10 @@ class TritonSupervisor:
         self._installation = installation
         self._model_repository = model_repository.resolve()
         self._settings = settings
-        self._wanted_ports = (grpc_port, metrics_port)
+        self._wanted_ports = (
+            grpc_port or settings.grpc_port,
+            metrics_port or settings.metrics_port,
+        )
         self._ports: TritonPorts | None = None
         self._check_ready = check_ready
         self._backoff = backoff or RestartBackoff(
@@ -235,12 +239,6 @@ class TritonSupervisor:
         check_shared_memory()
         await self._set_state(TritonState.STARTING)
         try:
-            self._directory = Path(tempfile.mkdtemp(prefix="int8qa-triton-"))
-            compose_files(
-                self._installation,
-                self._directory,
-                package_directories=list_package_directories(),
-            )
             self._launching = asyncio.create_task(self._launch_on_free_ports())
             self._run = await self._launching
         except BaseException as error:
@@ -259,6 +257,11 @@ class TritonSupervisor:
         finally:
             self._launching = None
         await self._set_state(TritonState.READY)
+        _LOG.info(
+            "Triton is ready: gRPC on %s, metrics at %s",
+            self.grpc_url,
+            self.metrics_url,
+        )
         self._watch = asyncio.create_task(self._keep_alive(), name="triton-watch")
         self._watch.add_done_callback(_report_end)
 
@@ -303,7 +306,9 @@ class TritonSupervisor:
                 await self._set_state(TritonState.STARTING)
                 try:
                     self._run = await self._launch(self._require_ports())
-                except EmbeddedTritonError as error:
+                # OSError: no processes, descriptors or memory left just now.
+                # RuntimeError: no threads, which asyncio may want for a child.
+                except (EmbeddedTritonError, OSError, RuntimeError) as error:
                     reason, healthy_s = str(error), 0.0
             await self._set_state(TritonState.READY)
             _LOG.info("Triton is ready again (restarts so far: %d)", self._restarts)
@@ -311,6 +316,11 @@ class TritonSupervisor:
     async def _launch_on_free_ports(self) -> _TritonRun:
         for attempt in range(1, _PORT_ATTEMPTS + 1):
             grpc_port, metrics_port = self._wanted_ports
+            if grpc_port and grpc_port == metrics_port:
+                raise EmbeddedTritonError(
+                    f"Triton's gRPC and metrics ports are both {grpc_port}; choose two "
+                    "(embedded.grpc_port, embedded.metrics_port)"
+                )
             grpc_port = grpc_port or pick_free_port([metrics_port])
             metrics_port = metrics_port or pick_free_port([grpc_port])
             self._ports = TritonPorts(grpc_port, metrics_port)
@@ -324,19 +334,18 @@ class TritonSupervisor:
         raise AssertionError
 
     async def _launch(self, ports: TritonPorts) -> _TritonRun:
-        for purpose, port in (("gRPC", ports.grpc), ("metrics", ports.metrics)):
+        for purpose, port in (("grpc", ports.grpc), ("metrics", ports.metrics)):
             if not is_port_free(port):
                 raise EmbeddedTritonError(
                     f"port {port} on {LOOPBACK}, wanted for Triton's {purpose}, is in "
-                    "use by another process; stop that one or choose another port"
+                    "use by another process; stop that one or choose another port "
+                    f"(embedded.{purpose}_port)"
                 )
-        directory = self._directory
-        assert directory is not None
+        directory = self._compose_directory()
         shm_prefix = name_shm_prefix()
         run = await _TritonRun.spawn(
             arguments=build_arguments(
                 self._installation,
-                model_repository=self._model_repository,
                 directory=directory,
                 ports=ports,
                 shm_prefix=shm_prefix,
@@ -372,6 +381,18 @@ class TritonSupervisor:
         if self._ports is None:
             raise EmbeddedTritonError("the embedded Triton was not started yet")
         return self._ports
+
+    def _compose_directory(self) -> Path:
+        """Make the private directory anew: a cleaner of /tmp may have been there."""
+        self._remove_directory()
+        self._directory = make_private_directory(os.environ.get("TMPDIR"))
+        compose_files(
+            self._installation,
+            self._directory,
+            model_repository=self._model_repository,
+            package_directories=list_package_directories(),
+        )
+        return self._directory
 
     def _remove_directory(self) -> None:
         if self._directory is not None:
@@ -472,7 +493,10 @@ class _TritonRun(asyncio.SubprocessProtocol):
             # Triton 2.51 never starts a dead stub again: it answers every request
             # with an error and still calls itself ready.
             for pid in self._stubs:
-                stub = guard.read_process(pid)
+                try:
+                    stub = guard.read_process(pid)
+                except OSError:  # it cannot be told now: no reason to end a Triton
+                    continue
                 if stub is None or stub.group != self.group or not stub.is_alive:
                     return f"a model's process ended (pid {pid})"
         return f"tritonserver ended ({self._describe_exit()})"
