@@ -11,7 +11,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -250,7 +250,7 @@ def up(
     """Build the demo repository if need be, then run Triton and the gateway."""
     settings = _settings(model_repository)
     # The port first: a build of minutes must not end in "address in use".
-    from int8qa.gateway.app import bind_socket
+    from int8qa.gateway.app import bind_socket, run_event_loop
 
     listener = bind_socket(settings.host, settings.port)
     from int8qa.embedded import locate_triton
@@ -262,7 +262,7 @@ def up(
     from int8qa.stack import run_stack
 
     configure_logging(settings)
-    _run(run_stack(settings, listener, on_ready=_announce))
+    run_event_loop(run_stack(settings, listener, on_ready=_announce))
 
 
 @app.command()
@@ -407,7 +407,13 @@ def _show_evaluation(evaluation: Any, data: Path) -> None:
 
 
 def _local_url() -> str:
-    return f"http://127.0.0.1:{load_settings().port}"
+    settings = load_settings()
+    host = settings.host if settings.host not in {"0.0.0.0", "::"} else "127.0.0.1"  # noqa: S104
+    return (
+        f"http://[{host}]:{settings.port}"
+        if ":" in host
+        else f"http://{host}:{settings.port}"
+    )
 
 
 def _settings(model_repository: Path | None) -> Settings:
@@ -471,15 +477,6 @@ def _announce(base_url: str) -> None:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _run(main: Coroutine[Any, Any, None]) -> None:
-    try:
-        import uvloop
-    except ImportError:  # not on every platform
-        asyncio.run(main)
-    else:
-        uvloop.run(main)
 
 
 def exit_code(error: errors.Int8qaError) -> int:

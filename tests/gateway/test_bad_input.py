@@ -9,6 +9,8 @@ import httpx
 import pytest
 
 from int8qa.gateway import schemas
+from int8qa.gateway.bodies import MAX_MEMBERS, validate_model
+from int8qa.gateway.problems import MAX_FAULTS, RequestProblemError
 from tests.gateway.fakes import CONTEXT, KEEPER, QUESTION, Service, open_service
 
 GOOD = {"question": QUESTION, "context": CONTEXT}
@@ -88,6 +90,61 @@ async def test_every_fault_is_reported_at_once(service: Service):
     response = await service.client.post("/v1/answer", json={"context": 1, "x": 2})
     body = check_problem(response, 422)
     assert {error["field"] for error in body["errors"]} == {"question", "context", "x"}
+
+
+@pytest.mark.parametrize("where", ["body", "inputs", "parameters"])
+async def test_many_unknown_fields_are_one_fault(service: Service, where: str):
+    """A body full of unknown fields is counted, not listed: the answer stays small."""
+    junk = {f"{number:x}": 0 for number in range(250_000)}
+    inputs = {"question": QUESTION, "context": CONTEXT}
+    bodies = {
+        "body": junk,
+        "inputs": {"inputs": {**inputs, **junk}},
+        "parameters": {"inputs": inputs, "parameters": junk},
+    }
+    for path in ("/v1/answer", "/") if where == "body" else ("/",):
+        response = await service.client.post(path, json=bodies[where])
+        body = check_problem(response, 422)
+        assert [error["field"] for error in body["errors"]] == [where]
+        assert str(MAX_MEMBERS) in body["detail"]
+        assert len(response.content) < 1_000
+
+
+def test_pydantic_never_sees_too_many_fields(monkeypatch):
+    """The work for a hostile body is bounded: refused before it is validated."""
+
+    def fail(_value: object) -> None:
+        pytest.fail("validated")
+
+    monkeypatch.setattr(schemas.AnswerRequest, "model_validate", fail)
+    with pytest.raises(RequestProblemError) as caught:
+        validate_model(dict.fromkeys(map(str, range(10**5))), schemas.AnswerRequest)
+    assert len(caught.value.faults) == 1
+
+
+async def test_listed_faults_are_few_and_short(service: Service):
+    """Up to MAX_FAULTS are listed, all are counted, long names are cut."""
+    fields = {f"{number}{'x' * 10_000}": 0 for number in range(40)}
+    response = await service.ask(**fields)
+    body = check_problem(response, 422)
+    assert len(body["errors"]) == MAX_FAULTS
+    assert "and 39 more" in body["detail"]
+    assert all(len(error["field"]) < 100 for error in body["errors"])
+    assert len(response.content) < 5_000
+
+
+async def test_hostile_items_are_answered_briefly(service: Service):
+    """Every item of a batch has the same limits."""
+    hostile = {f"{number}{'y' * 50}": 0 for number in range(40)}
+    huge = dict.fromkeys(map(str, range(10_000)), 0)
+    items = [GOOD, *[hostile] * 100, huge]
+    response = await service.client.post("/v1/answers", json={"items": items})
+    good, *bad = response.json()["items"]
+    assert good["result"]["answer"]["text"] == KEEPER
+    assert {item["status"] for item in bad} == {422}
+    assert [len(item["error"]["errors"]) for item in bad] == [MAX_FAULTS] * 100 + [1]
+    assert bad[-1]["error"]["errors"][0]["field"] == "items.101"
+    assert len(response.content) < 5_000 * len(items)
 
 
 @pytest.mark.parametrize("field", ["question", "context"])

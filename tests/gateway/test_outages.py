@@ -13,6 +13,7 @@ from int8qa.errors import (
     EngineOutputError,
     EngineUnavailableError,
 )
+from int8qa.gateway.engine import find_rebuild
 from int8qa.gateway.pipeline import AnswerPipeline
 from int8qa.reader.tokenizer import ReaderTokenizer, TextTokens
 from tests.gateway.fakes import (
@@ -22,6 +23,7 @@ from tests.gateway.fakes import (
     TOKENIZER_JSON,
     FakeEngine,
     Service,
+    build_contract,
     open_service,
     wait_until,
 )
@@ -117,6 +119,51 @@ async def test_foreign_model_keeps_the_gateway_unready(tokenizer):
         assert not engine.calls
         engine.mismatch = None
         await one.wait_ready()
+
+
+async def test_rebuilt_repository_keeps_the_gateway_unready(tokenizer, tmp_path):
+    """An engine that comes back beside another build is not served with the old one.
+
+    One that never left goes on: it still has what it loaded.
+    """
+    ours = build_contract(tokenizer)
+    ours.save(tmp_path)
+    engine = FakeEngine(tokenizer)
+    async with open_service(tokenizer, engine=engine, model_repository=tmp_path) as one:
+        watch = get_pipeline(one).watch
+        ours.model_copy(update={"build_id": "another"}).save(tmp_path)
+        probes = engine.probes
+        await wait_until(lambda: engine.probes >= probes + 9)
+        assert (await one.ask()).status_code == 200
+
+        engine.down = GONE
+        assert (await one.ask()).status_code == 503
+        engine.down = None
+        await wait_until(
+            lambda: all("rebuilt" in fault for fault in watch.faults().values())
+        )
+        body = (await one.client.get("/ready")).json()
+        told = (
+            "the model repository was rebuilt (build another, this gateway loaded "
+            "test): restart the gateway"
+        )
+        assert [error["message"] for error in body["errors"]] == [told] * 3
+        calls = len(engine.calls)
+        assert (await one.ask()).status_code == 503
+        assert len(engine.calls) == calls
+
+        ours.save(tmp_path)
+        await one.wait_ready()
+        assert (await one.ask()).status_code == 200
+
+
+def test_repository_is_compared_where_there_is_one(tokenizer, tmp_path):
+    """The same build and a repository elsewhere are no fault; a half-built one is."""
+    ours = build_contract(tokenizer)
+    assert find_rebuild(tmp_path / "remote", ours) is None
+    assert "int8qa build" in (find_rebuild(tmp_path, ours) or "")
+    ours.save(tmp_path)
+    assert find_rebuild(tmp_path, ours) is None
 
 
 async def test_probe_survives_surprises(tokenizer):

@@ -22,7 +22,9 @@ ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
 import asyncio, sys
-from int8qa.gateway.app import bind_socket, create_app, run_server
+from int8qa.gateway.app import (
+    bind_socket, create_app, run_event_loop, run_server,
+)
 from int8qa.reader.tokenizer import ReaderTokenizer
 from tests.gateway.fakes import (
     TOKENIZER_JSON, FakeEngine, build_contract, build_settings,
@@ -44,14 +46,41 @@ async def main():
     await run_server(app, listener, on_ready=lambda url: print(url, flush=True))
     print("closed", flush=True)
 
-asyncio.run(main())
+run_event_loop(main())
 """
 
 
+async def wait_until_refused(url: str) -> None:
+    """Return once the gateway takes no connection any more: it has begun to drain."""
+    address = httpx.URL(url)
+    while True:
+        try:
+            _, writer = await asyncio.open_connection(address.host, address.port)
+        except ConnectionError:
+            return
+        writer.close()
+        await asyncio.sleep(0.05)
+
+
+async def begin_upload(url: str) -> asyncio.StreamWriter:
+    """Send half a request."""
+    address = httpx.URL(url)
+    _, writer = await asyncio.open_connection(address.host, address.port)
+    writer.write(
+        b"POST /v1/answer HTTP/1.1\r\nHost: gateway\r\nContent-Length: 99\r\n\r\n{"
+    )
+    await writer.drain()
+    return writer
+
+
 async def run_and_terminate(
-    work_s: float, limit_s: float, number: signal.Signals
+    work_s: float, limit_s: float, *numbers: signal.Signals, uploads: int = 0
 ) -> tuple[httpx.Response, str, int]:
-    """Start a gateway, ask one question, signal while it works; return all it said."""
+    """Start a gateway, ask one question, signal while it works; return all it said.
+
+    Each further signal is sent when the one before has taken effect. So many uploads
+    begin and never end.
+    """
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", SCRIPT, str(work_s), str(limit_s),
         cwd=ROOT,
@@ -73,9 +102,14 @@ async def run_and_terminate(
             body = {"question": "Who kept it?", "context": "Solveig Bråten kept it."}
             request = asyncio.create_task(client.post(f"{url}/v1/answer", json=body))
             await asyncio.wait_for(read_until("working"), 30)
-            process.send_signal(number)
+            writers = [await begin_upload(url) for _ in range(uploads)]
+            for number in numbers:
+                process.send_signal(number)
+                await asyncio.wait_for(wait_until_refused(url), 30)
             response = await asyncio.wait_for(request, 30)
         out, _ = await asyncio.wait_for(process.communicate(), 30)
+        for writer in writers:
+            writer.close()
         assert process.returncode is not None
         return response, out.decode(), process.returncode
     finally:
@@ -97,6 +131,19 @@ async def test_signal_finishes_accepted_requests(number: signal.Signals):
 async def test_signal_does_not_wait_for_ever():
     """What exceeds the limit is answered with 503, and the process ends."""
     response, out, code = await run_and_terminate(600, 0.3, signal.SIGTERM)
+    assert response.status_code == 503
+    assert json.loads(response.text)["type"].endswith("shutting-down")
+    assert "closed" in out
+    assert code == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_second_signal_does_not_wait(number: signal.Signals):
+    """The second refuses what the first let finish, cuts uploads, and the process ends.
+
+    The drain and the request would take ten minutes; the test gives up far earlier.
+    """
+    response, out, code = await run_and_terminate(600, 600, number, number, uploads=1)
     assert response.status_code == 503
     assert json.loads(response.text)["type"].endswith("shutting-down")
     assert "closed" in out

@@ -224,6 +224,27 @@ async def test_slow_triton_is_a_deadline(tokenizer):
             await engine.infer(Precision.INT8, build_batch(), 0.1)
 
 
+async def test_triton_knows_the_deadline(tokenizer):
+    """Each request carries its time left in microseconds, so that its queue drops it."""
+    triton = FakeTriton()
+    async with run_triton(triton) as port, connect(port, tokenizer) as engine:
+        for timeout_s in (2.5, 1.0, None):
+            await engine.infer(Precision.INT8, build_batch(), timeout_s)
+    sent = [request.parameters["timeout"].int64_param for request in triton.seen[:2]]
+    assert sent == [2_500_000, 1_000_000]
+    assert "timeout" not in triton.seen[2].parameters
+
+
+async def test_timeout_in_tritons_queue_is_a_deadline(tokenizer):
+    """Triton calls it UNAVAILABLE, but Triton is there: the watch must not hear of it."""
+    triton = FakeTriton(
+        failure=(grpc.StatusCode.UNAVAILABLE, "[request id: 1] Request timeout expired")
+    )
+    async with run_triton(triton) as port, connect(port, tokenizer) as engine:
+        with pytest.raises(DeadlineExceededError):
+            await engine.infer(Precision.INT8, build_batch(), 5.0)
+
+
 async def test_wrong_output_type_is_named(tokenizer):
     """Logits of another type are EngineOutputError and the message says which."""
     triton = FakeTriton(output_datatype="FP64")

@@ -5,6 +5,7 @@ import json
 import threading
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given
 from tokenizers import Tokenizer
 
 from int8qa.errors import CheckpointError, InvalidInputError
-from int8qa.reader.tokenizer import NO_WORD, ReaderTokenizer, _to_arrays
+from int8qa.reader.tokenizer import NO_WORD, ReaderTokenizer, TextTokens, _to_arrays
 from tests.golden.pipeline_golden import CHECKPOINT, load_tokenizer
 from tests.reader.strategies import texts
 
@@ -33,7 +34,6 @@ def test_bert_template_is_read_off_the_post_processor(
     assert (template.question_type, template.context_type) == (0, 1)
     assert template.special_tokens == 3
     assert tokenizer.pad_id == 0
-    assert tokenizer.vocabulary_size == 30522
 
 
 def test_roberta_template_is_read_off_the_post_processor(roberta_json: Path) -> None:
@@ -46,6 +46,35 @@ def test_roberta_template_is_read_off_the_post_processor(roberta_json: Path) -> 
     assert (template.question_type, template.context_type) == (0, 0)
     assert template.special_tokens == 4
     assert tokenizer.pad_id == 1
+
+
+def test_long_text_lets_other_threads_run(
+    tokenizer: ReaderTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GIL is free while a text of the largest size is tokenized."""
+    ticks = 0
+    counted: list[int] = []
+    stop = threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not stop.wait(0.001):
+            ticks += 1
+
+    def count(encoding: Any) -> TextTokens:
+        counted.append(ticks)
+        return _to_arrays(encoding)
+
+    monkeypatch.setattr("int8qa.reader.tokenizer._to_arrays", count)
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        tokens = tokenizer.encode("a lighthouse keeper, " * 24_000)
+    finally:
+        stop.set()
+        thread.join()
+    assert len(tokens) == 96_000
+    assert counted[0] > 10  # holding it, the other thread gets one turn at most
 
 
 def test_fingerprint_is_the_sha256_of_the_file(tokenizer: ReaderTokenizer) -> None:

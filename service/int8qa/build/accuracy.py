@@ -232,12 +232,13 @@ def check_gate(int8: Accuracy, *, gate: float) -> list[str]:
             f"{int8.f1_ratio - 0.001:.3f} if this loss is acceptable"
         )
     if int8.f1_ratio < gate:
-        return [
-            f"INT8 keeps {describe_share(int8.f1_ratio, int8.f1_ratio_margin)} of "
-            f"FP32's F1: under the gate of {100 * gate:g} %, but by no more than chance "
-            f"explains on {int8.questions} questions. Measure on more of them with "
-            f"`int8qa evaluate`"
-        ]
+        share = describe_share(int8.f1_ratio, int8.f1_ratio_margin)
+        remark = (
+            f"INT8 keeps {share} of FP32's F1: under the gate of {100 * gate:g} %, but "
+            f"by no more than chance explains on {int8.questions} questions. Measure on "
+            f"more of them with `int8qa evaluate`"
+        )
+        return [remark]
     return []
 
 

@@ -60,6 +60,9 @@ _DESCRIPTION = (
 
 _BACKLOG = 2048
 
+_LAST_WORDS_S = 0.5
+"""Between a second signal's refusals and cutting whoever has not read them."""
+
 
 def create_app(
     settings: Settings,
@@ -172,16 +175,39 @@ class GatewayServer(uvicorn.Server):
         super().__init__(config)
         self._pipeline = pipeline
         self._drain_timeout_s = drain_timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._hurry = asyncio.Event()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take nothing new, finish what was accepted, in bounded time."""
-        drain = asyncio.create_task(self._pipeline.drain(self._drain_timeout_s))
+        drain = asyncio.create_task(self._drain())
         await super().shutdown(sockets)
         await drain
 
+    async def _drain(self) -> None:
+        drain = asyncio.create_task(self._pipeline.drain(self._drain_timeout_s))
+        hurry = asyncio.create_task(self._hurry.wait())
+        await asyncio.wait({drain, hurry}, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        if drain.done():
+            await drain
+            return
+        drain.cancel()
+        await asyncio.gather(drain, return_exceptions=True)
+        await self._pipeline.drain(0)
+        # Uvicorn closes each connection that has its answer. What is left is still
+        # sending its request, or does not read.
+        await asyncio.sleep(_LAST_WORDS_S)
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Handle SIGINT and SIGTERM: the first drains, the second stops at once."""
+        """Handle SIGINT and SIGTERM: the first drains, the second fails what is left.
+
+        A third skips the orderly close.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -194,9 +220,13 @@ class GatewayServer(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Ask the server to end; on a second signal, without waiting."""
+        """Ask the server to end; on a second signal, without waiting for answers."""
         del sig, frame
-        self.force_exit = self.should_exit
+        if self._hurry.is_set():
+            self.force_exit = True
+        elif self.should_exit:
+            # A plain set() in a signal handler would not wake the loop.
+            self._loop.call_soon_threadsafe(self._hurry.set)
         self.should_exit = True
 
 
@@ -264,7 +294,6 @@ async def run_server(
 def serve(
     settings: Settings,
     *,
-    triton_url: str | None = None,
     listener: socket.socket | None = None,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
@@ -272,7 +301,6 @@ def serve(
 
     Args:
         settings: of the process.
-        triton_url: host:port of Triton's gRPC endpoint, if not the settings'.
         listener: a socket already bound by ``bind_socket``.
         on_ready: called once with the base URL, when all models can first be asked.
 
@@ -286,14 +314,15 @@ def serve(
     tokenizer = ReaderTokenizer.from_file(
         settings.model_repository / TOKENIZER_FILENAME
     )
-    engine = TritonEngine(triton_url or settings.triton.url, contract)
+    engine = TritonEngine(settings.triton.url, contract)
     app = create_app(settings, contract, tokenizer, engine)
     if listener is None:
         listener = bind_socket(settings.host, settings.port)
-    _run(run_server(app, listener, on_ready=on_ready))
+    run_event_loop(run_server(app, listener, on_ready=on_ready))
 
 
-def _run(main: Coroutine[Any, Any, None]) -> None:
+def run_event_loop(main: Coroutine[Any, Any, None]) -> None:
+    """Run ``main`` to its end, on uvloop where there is one."""
     try:
         import uvloop
     except ImportError:  # not on Windows, nor on every Python

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from int8qa.gateway.problems import (
     MALFORMED,
     MEDIA_TYPE,
+    FieldFault,
     RequestProblemError,
     build_field_problem,
     collect_faults,
@@ -23,7 +24,8 @@ from int8qa.gateway.problems import (
 
 Model = TypeVar("Model", bound=BaseModel)
 
-_MAX_KEY_CHARS = 80
+MAX_MEMBERS = 64
+"""Members of one object; several times what any body of ours has."""
 
 
 async def read_model(request: Request, model: type[Model]) -> Model:
@@ -99,8 +101,10 @@ def validate_model(value: Any, model: type[Model], *, prefix: str = "") -> Model
     """Validate parsed JSON.
 
     Raises:
-        RequestProblemError: 422 with one fault per offending field.
+        RequestProblemError: 422 with one fault per offending field, or a single one
+            for an object of more than ``MAX_MEMBERS``.
     """
+    _check_member_counts(value, model, prefix)
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -108,6 +112,23 @@ def validate_model(value: Any, model: type[Model], *, prefix: str = "") -> Model
         raise build_field_problem(
             collect_faults(error, prefix=prefix, allowed=list(model.model_fields))
         ) from None
+
+
+def _check_member_counts(value: Any, model: type[BaseModel], prefix: str) -> None:
+    # Before pydantic, which would make a finding of each unknown field: our models
+    # are two objects deep, so this bounds how many findings there can be.
+    if not isinstance(value, dict):
+        return
+    _check_member_count(value, prefix or "body")
+    for name in model.model_fields.keys() & value.keys():
+        if isinstance(value[name], dict):
+            _check_member_count(value[name], f"{prefix}.{name}" if prefix else name)
+
+
+def _check_member_count(value: dict[str, Any], where: str) -> None:
+    if len(value) > MAX_MEMBERS:
+        message = f"has {len(value)} members; allowed are {MAX_MEMBERS}"
+        raise build_field_problem([FieldFault(where, message)])
 
 
 def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

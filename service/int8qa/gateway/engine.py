@@ -10,9 +10,10 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
-from int8qa.contract import Contract, Precision
+from int8qa.contract import Contract, Precision, load_contract
 from int8qa.errors import (
     ContractError,
     EngineUnavailableError,
@@ -64,12 +65,37 @@ class Engine(Protocol):
         """Release what ``connect`` opened."""
 
 
+def find_rebuild(repository: Path, contract: Contract) -> str | None:
+    """Why a model repository is not the one ``contract`` came from, None if it is.
+
+    Models of two builds may agree in names and types, and yet need another tokenizer.
+    Nothing is known of a repository that is not on this machine: None.
+    """
+    if not repository.is_dir():
+        return None
+    try:
+        found = load_contract(repository)
+    except ContractError as error:
+        return str(error)
+    if found.build_id == contract.build_id:
+        return None
+    return (
+        f"the model repository was rebuilt (build {found.build_id}, this gateway "
+        f"loaded {contract.build_id}): restart the gateway"
+    )
+
+
 class ReadinessWatch:
     """One supervised task that keeps asking the engine whether it can serve.
 
     A model is ready once it answers and agrees with the contract. A lost one is
     looked for every ``probe_interval_s``, with jitter; nothing polls faster, however
     many requests fail.
+
+    An engine that comes back may have loaded another build meanwhile, so while any
+    model is lost, ``find_rebuild`` is asked too, in a thread, and what it returns keeps
+    the models unready. An engine that never left still has what it loaded: it serves
+    on beside a repository that is being rebuilt.
     """
 
     def __init__(
@@ -78,10 +104,12 @@ class ReadinessWatch:
         contract: Contract,
         *,
         probe_interval_s: float,
+        find_rebuild: Callable[[], str | None] = lambda: None,
         on_change: Callable[[Precision, bool], None] = lambda _precision, _ready: None,
     ) -> None:
         self._engine = engine
         self._interval_s = probe_interval_s
+        self._find_rebuild = find_rebuild
         self._on_change = on_change
         self._faults: dict[Precision, str | None] = dict.fromkeys(
             contract.models, "not probed yet"
@@ -144,7 +172,10 @@ class ReadinessWatch:
 
     async def _run(self) -> None:
         while True:
-            await asyncio.gather(*(self._probe(p) for p in self._faults))
+            lost = bool(self.faults())
+            await asyncio.gather(
+                *(self._probe(p, reconnecting=lost) for p in self._faults)
+            )
             if self.faults():
                 await asyncio.sleep(self._jitter(self._interval_s))
                 continue
@@ -156,11 +187,13 @@ class ReadinessWatch:
                 # Lost just now: what failed will hardly be back this instant.
                 await asyncio.sleep(self._jitter(self._interval_s) / 2)
 
-    async def _probe(self, precision: Precision) -> None:
+    async def _probe(self, precision: Precision, *, reconnecting: bool) -> None:
         fault: str | None = None
         try:
             if await self._engine.ready(precision):
                 await self._engine.check_contract(precision)
+                if reconnecting:
+                    fault = await asyncio.to_thread(self._find_rebuild)
             else:
                 fault = f"Triton is there, but {precision.model_name} is not loaded"
         except ContractError as error:

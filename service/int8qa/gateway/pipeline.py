@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import os
 import time
@@ -31,7 +32,7 @@ from int8qa.errors import (
 )
 from int8qa.gateway.batcher import Batcher, BatchLogits, PaddedBatch
 from int8qa.gateway.comparison import ComparisonWindow
-from int8qa.gateway.engine import Engine, ReadinessWatch
+from int8qa.gateway.engine import Engine, ReadinessWatch, find_rebuild
 from int8qa.gateway.logs import describe_exception, get_logger
 from int8qa.gateway.telemetry import StageSeconds, Telemetry
 from int8qa.gateway.waiting import finish_within
@@ -146,6 +147,9 @@ class AnswerPipeline:
             engine,
             contract,
             probe_interval_s=settings.triton.probe_interval_s,
+            find_rebuild=functools.partial(
+                find_rebuild, settings.model_repository, contract
+            ),
             on_change=lambda precision, ready: telemetry.set_model_ready(
                 precision, ready=ready
             ),
@@ -174,6 +178,7 @@ class AnswerPipeline:
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
+        self._drained = False
 
     async def start(self) -> None:
         """Open the engine, start the batchers and the watch; waits for neither."""
@@ -197,10 +202,12 @@ class AnswerPipeline:
                 for batcher in self._batchers.values()
             )
         )
+        self._drained = True
 
     async def close(self) -> None:
         """Close whatever ``start`` opened; drains first, if nobody did."""
-        await self.drain(self._settings.limits.shutdown_timeout_s)
+        if not self._drained:
+            await self.drain(self._settings.limits.shutdown_timeout_s)
         await self.watch.close()
         await self._engine.close()
         if self._threads is not None:

@@ -43,7 +43,10 @@ TYPE_PREFIX = "urn:int8qa:problem:"
 CLIENT_CLOSED_REQUEST = 499
 """Logged, never sent: the client left before the answer. Source: nginx."""
 
-_MAX_NAME_CHARS = 80
+MAX_FAULTS = 20
+"""Faults one response lists; the rest are counted."""
+
+_MAX_NAME_CHARS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,11 +208,13 @@ def describe_problem(error: BaseException) -> Problem:
 
 
 def build_field_problem(faults: Sequence[FieldFault]) -> RequestProblemError:
-    """One 422 that names every offending field."""
+    """One 422 that names the offending fields, at most ``MAX_FAULTS`` of them."""
     first = faults[0]
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    if len(faults) > MAX_FAULTS:
+        more = f" (and {len(faults) - 1} more; errors lists the first {MAX_FAULTS})"
     return RequestProblemError(
-        INVALID, f"{first.field}: {first.message}{more}", tuple(faults)
+        INVALID, f"{first.field}: {first.message}{more}", faults[:MAX_FAULTS]
     )
 
 
@@ -221,9 +226,11 @@ def collect_faults(
     Args:
         error: what pydantic raised.
         prefix: put before each field's name, e.g. ``items.3``.
-        allowed: known field names of the outermost object, for unknown ones.
+        allowed: known field names of the outermost object; the first unknown one
+            is told them.
     """
     faults = []
+    to_tell = allowed
     for finding in error.errors(
         include_url=False, include_input=False, include_context=False
     ):
@@ -232,8 +239,9 @@ def collect_faults(
         message = finding["msg"]
         if finding["type"] == "extra_forbidden":
             message = "unknown field"
-            if len(path) == 1 and allowed:
-                message += f"; known are {', '.join(allowed)}"
+            if len(path) == 1 and to_tell:
+                message += f"; known are {', '.join(to_tell)}"
+                to_tell = ()
         elif finding["type"] == "string_unicode":
             message = (
                 "holds a lone surrogate, which is no Unicode text; in JSON escapes, "
@@ -247,7 +255,8 @@ def collect_faults(
 
 def _clean_name(name: str) -> str:
     # Names of unknown fields are the client's own: keep them short and printable.
-    return "".join(c if c.isprintable() else "?" for c in name[:_MAX_NAME_CHARS])
+    cut = name if len(name) <= _MAX_NAME_CHARS else name[: _MAX_NAME_CHARS - 1] + "…"
+    return "".join(c if c.isprintable() else "?" for c in cut)
 
 
 def _describe_status(status: int) -> ProblemKind:

@@ -79,6 +79,11 @@ _TORN_CONNECTION = ("rst_stream", "stream removed", "connection reset", "broken 
                     "socket closed", "goaway")  # fmt: skip
 """What gRPC says, under INTERNAL or UNKNOWN, when the server died mid-call."""
 
+_EXPIRED_IN_QUEUE = "request timeout expired"
+"""What Triton says, under UNAVAILABLE, of a request that its queue rejected because
+the request's own timeout passed. Source: triton-inference-server/core,
+dynamic_batch_scheduler.cc."""
+
 
 class TritonEngine:
     """The models of one Triton, reached through one gRPC channel."""
@@ -156,6 +161,9 @@ class TritonEngine:
                     triton_grpc.InferRequestedOutput(START_LOGITS),
                     triton_grpc.InferRequestedOutput(END_LOGITS),
                 ],
+                # Triton rejects what is still in its queue by then, instead of working
+                # for nobody. 0 would mean its default.
+                timeout=None if timeout_s is None else max(1, int(timeout_s * 1e6)),
                 client_timeout=timeout_s,
             )
             start = result.as_numpy(START_LOGITS)
@@ -221,6 +229,8 @@ def map_triton_errors(url: str) -> Iterator[None]:
 
 def _build_error(url: str, code: str, details: str) -> Int8qaError:
     kind = ERROR_BY_CODE.get(code, EngineOutputError)
+    if code == "UNAVAILABLE" and _EXPIRED_IN_QUEUE in details.lower():
+        kind = DeadlineExceededError
     torn = any(sign in details.lower() for sign in _TORN_CONNECTION)
     if kind is EngineOutputError and torn:
         kind = EngineUnavailableError
