@@ -235,8 +235,8 @@ def check_gate(int8: Accuracy, *, gate: float) -> list[str]:
         share = describe_share(int8.f1_ratio, int8.f1_ratio_margin)
         remark = (
             f"INT8 keeps {share} of FP32's F1: under the gate of {100 * gate:g} %, but "
-            f"by no more than chance explains on {int8.questions} questions. Measure on "
-            f"more of them with `int8qa evaluate`"
+            f"by no more than chance explains on {int8.questions} questions. Measure "
+            f"on more of them with `int8qa evaluate`"
         )
         return [remark]
     return []
