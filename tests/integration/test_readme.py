@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,9 @@ def _blocks(language: str) -> list[str]:
 
 def _run(text: str, service: Service, shell: list[str]) -> str:
     text = text.replace("127.0.0.1:8080", f"127.0.0.1:{service.port}")
-    text = text.replace(".venv/bin/int8qa", f"{sys.executable} -m int8qa.cli")
+    text = text.replace(
+        ".venv/bin/int8qa", f"{shlex.quote(sys.executable)} -m int8qa.cli"
+    )
     return subprocess.run(
         [*shell, text],
         cwd=ROOT,
