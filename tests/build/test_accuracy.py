@@ -15,8 +15,8 @@ from int8qa.build.accuracy import (
     compare_answers,
     encode_questions,
     max_deviation,
-    padded_feed,
 )
+from int8qa.build.feed import window_feed
 from int8qa.contract import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPE_IDS
 from int8qa.errors import AccuracyGateError
 from int8qa.reader.squad import SquadQuestion, f1_score
@@ -181,7 +181,7 @@ def test_largest_deviation() -> None:
 def test_padding(windows: list[Window]) -> None:
     """Padding holds the padding id, mask 0 and type 0, as the gateway pads."""
     window = windows[0]
-    feed = padded_feed(window, 64, ALL_INPUTS, pad_token_id=9)
+    feed = window_feed(window, ALL_INPUTS, length=64, pad_token_id=9)
     size = len(window)
     assert {value.shape for value in feed.values()} == {(1, 64)}
     assert {value.dtype for value in feed.values()} == {np.dtype(np.int32)}
@@ -190,7 +190,9 @@ def test_padding(windows: list[Window]) -> None:
     assert feed[ATTENTION_MASK].sum() == size
     np.testing.assert_array_equal(feed[TOKEN_TYPE_IDS][0, :size], window.token_type_ids)
     assert not feed[TOKEN_TYPE_IDS][0, size:].any()
-    assert TOKEN_TYPE_IDS not in padded_feed(window, 64, ALL_INPUTS[:2], pad_token_id=9)
+    assert TOKEN_TYPE_IDS not in window_feed(
+        window, ALL_INPUTS[:2], length=64, pad_token_id=9
+    )
 
 
 def test_answers_come_from_the_logits(tokenizer: ReaderTokenizer) -> None:

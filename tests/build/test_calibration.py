@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from int8qa.build.calibration import Calibrator, calibrate, window_feed
+from int8qa.build.calibration import Calibrator, calibrate
+from int8qa.build.feed import window_feed
 from int8qa.build.quantization import RECIPES, insert_quantizers
 from int8qa.contract import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPE_IDS
 from int8qa.errors import BuildError

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from int8qa.build.calibration import Calibrator, calibrate, window_feed
+from int8qa.build.calibration import Calibrator, calibrate
 from int8qa.build.export import export_onnx, model_inputs, wrap_model
+from int8qa.build.feed import window_feed
 from int8qa.build.graph import clean_graph, take_census
 from int8qa.build.quantization import RECIPES, insert_quantizers
 from int8qa.build.smoothing import _search_scale, smooth_activations

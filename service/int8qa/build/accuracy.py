@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from int8qa.contract import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPE_IDS
+from int8qa.build.feed import window_feed
 from int8qa.errors import AccuracyGateError
 from int8qa.reader.spans import decode_spans
 from int8qa.reader.squad import (
@@ -96,20 +96,6 @@ def encode_questions(
     ]
 
 
-def padded_feed(
-    window: Window, length: int, inputs: Sequence[str], *, pad_token_id: int
-) -> dict[str, npt.NDArray[np.int32]]:
-    """One window as int32 [1, ``length``] per input name."""
-    size = len(window)
-    arrays = {name: np.zeros((1, length), np.int32) for name in inputs}
-    arrays[INPUT_IDS][:] = pad_token_id
-    arrays[INPUT_IDS][0, :size] = window.input_ids
-    arrays[ATTENTION_MASK][0, :size] = 1
-    if TOKEN_TYPE_IDS in arrays:
-        arrays[TOKEN_TYPE_IDS][0, :size] = window.token_type_ids
-    return arrays
-
-
 def answer_questions(
     infer: Infer,
     encoded: Sequence[EncodedQuestion],
@@ -126,8 +112,8 @@ def answer_questions(
         rows: list[Logits] = []
         for window in item.windows:
             size = len(window)
-            feed = padded_feed(
-                window, bucket_for(size), inputs, pad_token_id=pad_token_id
+            feed = window_feed(
+                window, inputs, length=bucket_for(size), pad_token_id=pad_token_id
             )
             start, end = infer(feed)
             rows.append((start[0, :size], end[0, :size]))

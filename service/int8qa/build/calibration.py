@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from int8qa.contract import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPE_IDS
+from int8qa.build.feed import run_reader
 from int8qa.errors import BuildError
 from int8qa.reader.windows import Window
 
@@ -73,16 +71,6 @@ class Calibrator:
         return collector.compute_amax("percentile", percentile=self.percentile)
 
 
-def window_feed(window: Window, inputs: Sequence[str]) -> dict[str, Any]:
-    """One window as a batch of one, unpadded: int32 [1, S] per input name."""
-    arrays = {
-        INPUT_IDS: window.input_ids,
-        ATTENTION_MASK: np.ones_like(window.input_ids),
-        TOKEN_TYPE_IDS: window.token_type_ids,
-    }
-    return {name: arrays[name][None, :] for name in inputs}
-
-
 def calibrate(
     reader: torch.nn.Module,
     windows: Iterable[Window],
@@ -116,10 +104,8 @@ def calibrate(
     enable_stats_collection(reader)
     with torch.no_grad():
         for window in windows:
-            feed = window_feed(window, inputs)
-            # A copy: windows are read-only, and torch wants writable memory.
             try:
-                reader(*(torch.from_numpy(feed[name].copy()) for name in inputs))
+                run_reader(reader, window, inputs)
             except FloatingPointError as error:
                 raise BuildError(
                     f"calibration met {error}: the checkpoint's weights are damaged, "

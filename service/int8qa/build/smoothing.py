@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from int8qa.build.calibration import window_feed
+from int8qa.build.feed import run_reader
 from int8qa.errors import BuildError
 from int8qa.reader.windows import Window
 
@@ -183,8 +183,7 @@ def _sample_inputs(
     try:
         with torch.no_grad():
             for window in windows:
-                feed = window_feed(window, inputs)
-                reader(*(torch.from_numpy(feed[name].copy()) for name in inputs))
+                run_reader(reader, window, inputs)
                 # From the second window on, one reader of a tensor stands for all.
                 readers_of_first.update(
                     {n: names[0] for names in readers_of.values() for n in names}
