@@ -54,6 +54,20 @@ def test_round_trip(contract: Contract, tmp_path: Path) -> None:
     assert load_contract(tmp_path) == contract
 
 
+def test_before_recommendations(contract: Contract, tmp_path: Path) -> None:
+    """A contract written before builds recommended anything still loads."""
+    document = contract.model_dump(mode="json")
+    del document["recommended"]
+    (tmp_path / "contract.json").write_text(json.dumps(document))
+    assert load_contract(tmp_path).recommended is None
+
+
+def test_recommended_round_trip(contract: Contract, tmp_path: Path) -> None:
+    """The recommended precision is read back as the precision it is."""
+    contract.model_copy(update={"recommended": Precision.INT8}).save(tmp_path)
+    assert load_contract(tmp_path).recommended is Precision.INT8
+
+
 def test_absent(tmp_path: Path) -> None:
     """A directory without one is told how to become a repository."""
     with pytest.raises(ContractError) as caught:
@@ -80,6 +94,8 @@ def test_unreadable(tmp_path: Path) -> None:
         ({"models": {"int4": {}}}, "models.int4"),
         ({"surprise": 1}, "surprise"),
         ({"build_id": None}, "build_id"),
+        ({"recommended": "int4"}, "recommended"),
+        ({"recommended": "fp16"}, "recommended: .*must be one of the models"),
     ],
 )
 def test_wrong_field(

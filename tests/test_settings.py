@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from annotated_types import Ge, Gt, Le
@@ -179,8 +179,14 @@ def test_frozen() -> None:
         settings.batcher.max_wait_s = 1.0  # type: ignore[misc]
 
 
+def test_default_precision_words() -> None:
+    """Every precision there is may be the default, and `auto`, and nothing else."""
+    words = get_args(Settings.model_fields["default_precision"].annotation)
+    assert words == ("auto", *(precision.value for precision in Precision))
+
+
 def test_types() -> None:
     """Values arrive as what they are."""
     settings = load_settings()
-    assert settings.default_precision is Precision.INT8
+    assert settings.default_precision == "auto"
     assert settings.model_repository == Path("model_repository")

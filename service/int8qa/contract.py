@@ -19,6 +19,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
 )
 
@@ -97,7 +98,14 @@ class Contract(_Frozen):
     )
     max_batch_tokens: int = Field(ge=16, description="largest B x S, in tokens")
     models: dict[Precision, ModelRecord]
-    verdict: str = Field(default="", description="one sentence of the build report")
+    verdict: str = Field(
+        default="", description="one paragraph: what INT8 gains and costs here"
+    )
+    recommended: Precision | None = Field(
+        default=None,
+        description="what requests that name no precision get, unless the gateway is "
+        "told otherwise; null: the build recommends none",
+    )
 
     @field_validator("sequence_buckets", "batch_sizes")
     @classmethod
@@ -112,6 +120,15 @@ class Contract(_Frozen):
         if values[0] != 1:
             raise ValueError("must begin with 1, or a lone window could not leave")
         return values
+
+    @field_validator("recommended")
+    @classmethod
+    def _check_recommended(
+        cls, value: Precision | None, info: ValidationInfo
+    ) -> Precision | None:
+        if value is not None and value not in info.data.get("models", {value}):
+            raise ValueError("must be one of the models")
+        return value
 
     def bucket_for(self, length: int) -> int:
         """Padded length for a window of ``length`` tokens.

@@ -16,7 +16,6 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from int8qa.contract import Precision
 from int8qa.errors import ConfigurationError
 
 ENV_PREFIX = "INT8QA_"
@@ -167,9 +166,10 @@ class Settings(BaseSettings):
         default=Path("model_repository"),
         description="directory written by `int8qa build`",
     )
-    default_precision: Precision = Field(
-        default=Precision.INT8,
-        description="precision of requests that name none",
+    default_precision: Literal["auto", "int8", "fp16", "fp32"] = Field(
+        default="auto",
+        description="precision of requests that name none: int8, fp16, fp32, or auto "
+        "for the one that the build recommends",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least severe log line written"

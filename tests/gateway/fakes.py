@@ -44,7 +44,11 @@ ALL = (Precision.INT8, Precision.FP16, Precision.FP32)
 
 
 def build_contract(
-    tokenizer: ReaderTokenizer, precisions: Sequence[Precision] = ALL
+    tokenizer: ReaderTokenizer,
+    precisions: Sequence[Precision] = ALL,
+    *,
+    recommended: Precision | None = None,
+    verdict: str = "",
 ) -> Contract:
     return Contract(
         build_id="test",
@@ -68,6 +72,8 @@ def build_contract(
             )
             for precision in precisions
         },
+        recommended=recommended,
+        verdict=verdict,
     )
 
 
@@ -187,12 +193,17 @@ async def open_service(
     *,
     engine: FakeEngine | None = None,
     precisions: Sequence[Precision] = ALL,
+    recommended: Precision | None = None,
+    verdict: str = "",
     wait: bool = True,
     **groups: object,
 ) -> AsyncIterator[Service]:
     engine = engine or FakeEngine(tokenizer)
     settings = build_settings(**groups)
-    app = create_app(settings, build_contract(tokenizer, precisions), tokenizer, engine)
+    contract = build_contract(
+        tokenizer, precisions, recommended=recommended, verdict=verdict
+    )
+    app = create_app(settings, contract, tokenizer, engine)
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(

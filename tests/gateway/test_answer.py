@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import re
+
 import pytest
 
-from int8qa.contract import Precision
+from int8qa.contract import Precision, load_contract
 from int8qa.errors import ConfigurationError, ContractError
 from int8qa.gateway import schemas
 from int8qa.gateway.app import create_app
+from int8qa.gateway.pipeline import AnswerPipeline
 from tests.gateway.fakes import (
     CONTEXT,
     KEEPER,
@@ -66,6 +71,74 @@ async def test_default_precision_is_a_setting(tokenizer):
     async with open_service(tokenizer, default_precision="fp16") as one:
         assert (await one.ask()).json()["precision"] == "fp16"
         assert (await one.ask(precision=None)).json()["precision"] == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("setting", "recommended", "expected"),
+    [
+        ("auto", None, "int8"),
+        ("auto", Precision.INT8, "int8"),
+        ("auto", Precision.FP16, "fp16"),
+        ("auto", Precision.FP32, "fp32"),
+        ("int8", Precision.FP16, "int8"),
+        ("fp32", Precision.INT8, "fp32"),
+    ],
+)
+async def test_default_precision_follows_the_build(
+    tokenizer, setting: str, recommended: Precision | None, expected: str
+):
+    """The setting's word counts; `auto` is what the build recommends, else INT8."""
+    async with open_service(
+        tokenizer, recommended=recommended, default_precision=setting
+    ) as one:
+        assert (await one.ask()).json()["precision"] == expected
+        assert {used.value for used, _ in one.engine.calls} == {expected}
+        models = (await one.client.get("/v1/models")).json()
+    schemas.ModelsReport.model_validate(models)
+    assert models["default_precision"] == expected
+    assert models["recommended"] == recommended
+
+
+async def test_auto_is_the_default(tokenizer):
+    """A gateway that is told nothing follows the build, in every route."""
+    async with open_service(tokenizer, recommended=Precision.FP16) as one:
+        body = {"inputs": {"question": QUESTION, "context": CONTEXT}}
+        for path in ("/", "/models/acme/minilm-test"):
+            assert (await one.client.post(path, json=body)).status_code == 200
+        item = {"question": QUESTION, "context": CONTEXT}
+        await one.client.post("/v1/answers", json={"items": [item]})
+        assert {used for used, _ in one.engine.calls} == {Precision.FP16}
+        await one.client.post("/models/qa_int8", json=body)
+        assert one.engine.calls[-1][0] is Precision.INT8
+
+
+async def test_rebuilt_repository_is_followed_at_the_next_start(tokenizer, tmp_path):
+    """A new recommendation counts once its contract is loaded, and not before."""
+    build_contract(tokenizer, recommended=Precision.FP16).save(tmp_path)
+    settings = build_settings(model_repository=tmp_path)
+
+    def start() -> Precision:
+        contract = load_contract(settings.model_repository)
+        app = create_app(settings, contract, tokenizer, FakeEngine(tokenizer))
+        pipeline: AnswerPipeline = app.state.gateway.pipeline
+        build_contract(tokenizer, recommended=Precision.FP32).save(tmp_path)
+        return pipeline.choose_precision(None).answering
+
+    assert start() is Precision.FP16
+    assert start() is Precision.FP32
+
+
+async def test_both_answers_in_int8_where_fp32_is_the_default(tokenizer):
+    """FP32 takes no part in `both`, so it cannot give the answer."""
+    engine = FakeEngine(
+        tokenizer, phrases={Precision.INT8: (KEEPER,), Precision.FP16: ("1907",)}
+    )
+    async with open_service(
+        tokenizer, engine=engine, recommended=Precision.FP32
+    ) as one:
+        body = (await one.ask(precision="both")).json()
+    assert body["answer"] == body["comparison"]["int8"]["answer"]
+    assert body["answer"] != body["comparison"]["fp16"]["answer"]
 
 
 async def test_top_k_gives_alternatives_best_first(service: Service):
@@ -153,6 +226,27 @@ async def test_models_lists_what_is_loaded(service: Service):
     assert all(model["ready"] for model in body["models"])
 
 
+async def test_models_shows_the_verdict(tokenizer):
+    """The build's paragraph is shown word for word, beside what it recommends."""
+    verdict = "On <this> machine, INT8 is faster than FP16 at 1×128 (2.87×)."
+    async with open_service(
+        tokenizer, recommended=Precision.FP16, verdict=verdict
+    ) as one:
+        body = (await one.client.get("/v1/models")).json()
+    assert body["verdict"] == verdict
+    assert body["recommended"] == body["default_precision"] == "fp16"
+
+
+def test_auto_without_int8_is_refused(tokenizer):
+    """Where INT8 is not built and nothing recommended, `auto` stands for nothing."""
+    contract = build_contract(tokenizer, [Precision.FP16])
+    with pytest.raises(
+        ConfigurationError,
+        match=r"INT8QA_DEFAULT_PRECISION is auto, which stands for int8, .* fp16; set",
+    ):
+        create_app(build_settings(), contract, tokenizer, FakeEngine(tokenizer))
+
+
 def test_default_precision_must_be_built(tokenizer):
     """A default that the repository lacks is a configuration error at start."""
     contract = build_contract(tokenizer, [Precision.INT8])
@@ -184,7 +278,31 @@ async def test_index_page_shows_a_curl_line_for_this_address(service: Service):
     assert response.status_code == 200
     assert "curl -s http://gateway/v1/answer" in response.text
     hostile = await service.client.get("/", headers={"Host": 'a"><script>x'})
-    assert "<script>" not in hostile.text
+    assert "<script>x" not in hostile.text
+    assert hostile.text.count("<script>") == response.text.count("<script>") == 1
+
+
+async def test_index_page_runs_its_own_script_and_no_other(service: Service):
+    """The page's policy allows its script by hash, nothing inline and no other site."""
+    response = await service.client.get("/", headers={"Host": "elsewhere:81"})
+    (script,) = re.findall(r"<script>(.*?)</script>", response.text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = dict(
+        rule.strip().split(" ", 1)
+        for rule in response.headers["content-security-policy"].split(";")
+    )
+    assert policy == {
+        "default-src": "'self'",
+        "script-src": f"'sha256-{digest}'",
+        "style-src": "'unsafe-inline'",
+        "frame-ancestors": "'none'",
+        "base-uri": "'none'",
+    }
+    assert (
+        re.findall(r'(?:src|href)="(?!docs|v1/|ready|live|metrics)', response.text)
+        == []
+    )
+    assert "innerHTML" not in script
 
 
 async def test_question_may_be_right_to_left(service: Service):

@@ -107,6 +107,25 @@ async def test_document_holds_this_services_limits(tokenizer):
     assert items["maxItems"] == 9
 
 
+async def test_document_names_the_default_precision(tokenizer):
+    """What a request that names no precision gets is said wherever one may be named."""
+    async with open_service(tokenizer, recommended=Precision.FP16) as one:
+        document = (await one.client.get("/openapi.json")).json()
+    precision = document["components"]["schemas"]["AnswerRequest"]["properties"][
+        "precision"
+    ]
+    assert precision["default"] == "fp16"
+    assert precision["description"].endswith(": fp16 here")
+    described = [
+        parameter["description"]
+        for operations in document["paths"].values()
+        for parameter in operations.get("post", {}).get("parameters", [])
+        if parameter["name"] == "precision"
+    ]
+    assert len(described) == 2
+    assert all(text.endswith("the default is fp16 here") for text in described)
+
+
 async def test_every_field_is_described(service: Service):
     """Each field of a request has a description and, if a number, its bounds."""
     document = (await service.client.get("/openapi.json")).json()

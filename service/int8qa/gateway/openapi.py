@@ -120,6 +120,11 @@ def describe_api(
     precision = components["schemas"]["AnswerRequest"]["properties"]["precision"]
     precision["anyOf"][0]["enum"] = list(precisions)
     precision["default"] = default_precision
+    precision["description"] += f": {default_precision} here"
+    for operations in document["paths"].values():
+        for parameter in operations.get("post", {}).get("parameters", ()):
+            if parameter["name"] == "precision":
+                parameter["description"] += f"; the default is {default_precision} here"
     items = components["schemas"]["BatchRequest"]["properties"]["items"]
     items["maxItems"] = limits.max_items
     app.openapi_schema = document

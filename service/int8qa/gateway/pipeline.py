@@ -113,6 +113,29 @@ class Outcome:
         return self.runs[self.choice.answering]
 
 
+def resolve_default_precision(settings: Settings, contract: Contract) -> Precision:
+    """The precision of requests that name none.
+
+    The setting's, or with ``auto`` the one that the build recommends, or INT8 where it
+    recommends none. Asked once, with the contract: a repository that was rebuilt and
+    recommends otherwise is followed with the rest of its contract.
+
+    Raises:
+        ConfigurationError: it is not in the model repository.
+    """
+    asked = settings.default_precision
+    default = Precision.INT8 if asked == "auto" else Precision(asked)
+    if asked == "auto" and contract.recommended is not None:
+        default = contract.recommended
+    if default not in contract.models:
+        stands_for = f", which stands for {default}" if asked == "auto" else ""
+        raise ConfigurationError(
+            f"INT8QA_DEFAULT_PRECISION is {asked}{stands_for}, but the model "
+            f"repository holds {', '.join(contract.models)}; set it to one of these"
+        )
+    return default
+
+
 class AnswerPipeline:
     """Answers questions; opened by ``start``, closed by ``close``.
 
@@ -132,11 +155,8 @@ class AnswerPipeline:
         comparison: ComparisonWindow,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if settings.default_precision not in contract.models:
-            raise ConfigurationError(
-                f"INT8QA_DEFAULT_PRECISION is {settings.default_precision}, but the "
-                f"model repository holds {', '.join(contract.models)}"
-            )
+        self.default_precision = resolve_default_precision(settings, contract)
+        """What a request that names no precision gets."""
         if tokenizer.fingerprint != contract.tokenizer_sha256:
             raise ContractError(
                 f"the tokenizer's SHA-256 is {tokenizer.fingerprint}, the contract "
@@ -246,7 +266,7 @@ class AnswerPipeline:
         Raises:
             InvalidInputError: it is unknown or not loaded; lists what is.
         """
-        default = self._settings.default_precision
+        default = self.default_precision
         if name is None:
             return PrecisionChoice(default.value, (default,), default)
         allowed = self.list_precisions()

@@ -87,6 +87,8 @@ class Gateway:
     telemetry: Telemetry
     comparison: ComparisonWindow
     index_page: str
+    index_policy: str
+    """The page's Content-Security-Policy."""
 
 
 def get_gateway(request: Request) -> Gateway:
@@ -225,7 +227,10 @@ async def post_hf_model(
     request: Request,
     model_id: str,
     precision: Annotated[
-        str | None, QueryParameter(description="as in `/v1/answer`")
+        str | None,
+        QueryParameter(
+            description="as in `/v1/answer`; left out: what the id names, if anything"
+        ),
     ] = None,
     x_precision: Annotated[
         str | None, Header(description="likewise; the query parameter wins")
@@ -275,14 +280,19 @@ async def get_comparison(request: Request) -> Response:
     responses=describe_responses("ModelsReport", description="the models"),
 )
 async def get_models(request: Request) -> Response:
-    """Each precision's engine, calibration and accuracy at build."""
+    """Each precision's engine, calibration and accuracy at build; the default and why.
+
+    `recommended` is the build's word, `verdict` its reasons, `default_precision` what
+    requests that name none get here.
+    """
     gateway = get_gateway(request)
     contract, pipeline = gateway.contract, gateway.pipeline
     return JsonResponse(
         {
             "checkpoint": contract.checkpoint,
             "build_id": contract.build_id,
-            "default_precision": gateway.settings.default_precision.value,
+            "default_precision": pipeline.default_precision.value,
+            "recommended": contract.recommended,
             "precisions": pipeline.list_precisions(),
             "max_window_tokens": contract.max_window_tokens,
             "verdict": contract.verdict,
@@ -358,11 +368,7 @@ async def get_index(request: Request) -> Response:
     base_url = html.escape(str(request.base_url).rstrip("/"), quote=True)
     page = get_gateway(request).index_page.replace("{{base_url}}", base_url)
     return HTMLResponse(
-        page,
-        headers={
-            "Content-Security-Policy": "default-src 'self'; style-src 'unsafe-inline'; "
-            "frame-ancestors 'none'; base-uri 'none'"
-        },
+        page, headers={"Content-Security-Policy": get_gateway(request).index_policy}
     )
 
 
