@@ -19,6 +19,7 @@ Int8qaError
 └── BuildError                   the build stage
     ├── CheckpointError          the checkpoint is missing, unsafe or of the wrong kind
     ├── DataFileError            a SQuAD-format file is missing or malformed
+    ├── RecipeError              a recipe is malformed, or does not fit the model
     ├── ExportError              a graph could not be exported or cleaned
     ├── ParityError              a conversion changed the model's answers
     ├── EnginePrecisionError     the engine would not run in the asked precision
@@ -121,6 +122,10 @@ class CheckpointError(BuildError):
 
 class DataFileError(BuildError):
     """A SQuAD-format file is missing or malformed."""
+
+
+class RecipeError(BuildError):
+    """A recipe is malformed, or names tensors the model does not have."""
 
 
 class ExportError(BuildError):

@@ -1,7 +1,7 @@
 """A checkpoint, from the Hugging Face hub or a directory, as a float32 reader.
 
-In: a hub id or a directory. Out: a torch model in float32 with eager attention,
-its tokenizer as one ``tokenizer.json``, and the hash of every file it came from.
+In: a hub id or a directory. Out: a torch model in float32 whose attention quantizers
+can reach, its tokenizer as one ``tokenizer.json``, and the hash of every file.
 Checkpoints are untrusted: safetensors only, no remote code, sizes checked first.
 """
 
@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from int8qa.build.attention import register_attention
 from int8qa.contract import TOKENIZER_FILENAME
 from int8qa.errors import CheckpointError
 
@@ -172,10 +173,7 @@ def _hash_files(directory: Path) -> str:
 
 
 def load_checkpoint(files: CheckpointFiles) -> Checkpoint:
-    """Load the model in float32 with eager attention, and its fast tokenizer.
-
-    Eager attention exports as MatMul, Add, Softmax, MatMul; the sdpa path adds
-    IsNaN and Where guards to every layer that engines do not remove.
+    """Load the model in float32 with our attention, and its fast tokenizer.
 
     Raises:
         CheckpointError: the weights do not form a question answering model.
@@ -193,7 +191,7 @@ def load_checkpoint(files: CheckpointFiles) -> Checkpoint:
             files.directory,
             config=config,
             dtype=torch.float32,
-            attn_implementation="eager",
+            attn_implementation=register_attention(),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
