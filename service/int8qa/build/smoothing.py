@@ -1,8 +1,8 @@
 """SmoothQuant with a searched strength: outlier channels move into the weights.
 
-In: a reader with quantizers, not yet calibrated, and windows. Out: the same function,
-with the input channels of each GEMM scaled to a like range and its weights scaled
-back, as far as that lowers the GEMM's own INT8 error. GEMMs that read one tensor
+In: a reader with quantizers, not yet calibrated, a plan, windows. Out: the same
+function, with the input channels of each GEMM scaled to a like range and its weights
+scaled back, as far as that lowers the GEMM's own INT8 error. GEMMs that read one tensor
 (Q, K and V) share one scale, so that one multiplication and one Q/DQ pair serve all.
 
 Source: Xiao et al. 2022, arXiv:2211.10438, equations 3 and 4. Searching the strength by
@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from int8qa.build.feed import run_reader
+from int8qa.build.quantization import Plan, quantizers_off
+from int8qa.build.sites import TensorClass
 from int8qa.errors import BuildError
 from int8qa.reader.windows import Window
 
@@ -31,11 +33,13 @@ _PEAK_ROWS = 4
 _SMALLEST = 1e-5
 """Ranges below this count as this: a dead channel must not blow up the scale."""
 _INT8_MAX = 127.0
+_RESIDUALS = (TensorClass.ATTENTION_RESIDUAL, TensorClass.FFN_RESIDUAL)
 
 
 def smooth_activations(
     reader: torch.nn.Module,
     windows: Iterable[Window],
+    plan: Plan,
     inputs: Sequence[str],
     *,
     keep: float = 1.0,
@@ -50,6 +54,7 @@ def smooth_activations(
     Args:
         reader: takes one tensor per name of ``inputs``; holds the quantizers.
         windows: what ranges and errors are measured on; at least one.
+        plan: what is quantized; its quantizers are switched on.
         inputs: names of the model's inputs, in order.
         keep: share of absolute values the calibrator will keep, 0-1; the search
             cuts its ranges off likewise.
@@ -61,12 +66,13 @@ def smooth_activations(
     Raises:
         BuildError: no window was given.
     """
-    samples, groups = _sample_inputs(reader, windows, inputs, on_window)
-    if not samples:
-        raise BuildError("SmoothQuant needs at least one calibration window")
+    groups = smoothable_gemms(plan)
+    samples = _sample_inputs(
+        reader, windows, inputs, [names[0] for names in groups], on_window
+    )
     chosen: dict[str, float] = {}
     for names in groups:
-        gemms = [reader.get_submodule(name) for name in names]
+        gemms = [reader.model.get_submodule(name) for name in names]
         alpha, scale = _search_scale(
             samples[names[0]], [gemm.weight.detach() for gemm in gemms], keep
         )
@@ -131,73 +137,70 @@ def _kept_range(values: torch.Tensor, keep: float) -> torch.Tensor:
     return magnitudes.kthvalue(max(rank, 1)).values
 
 
+def smoothable_gemms(plan: Plan) -> list[list[str]]:
+    """Quantized GEMMs of ``plan``, grouped by the tensor they read.
+
+    A tensor that a residual branch reads on the same grid is left out: smoothed for
+    the GEMM it would need a second grid, and an add of two INT8 tensors no longer
+    shares its input with the GEMM.
+    """
+    residual = {
+        site.tensor for site in plan.activations if site.tensor_class in _RESIDUALS
+    }
+    groups: dict[int, list[str]] = {}
+    for site in plan.activations:
+        gemm, _, kind = site.name.rpartition(".")
+        weighed = f"{gemm}.weight_quantizer" in plan.names
+        if kind == "input_quantizer" and weighed and site.tensor not in residual:
+            groups.setdefault(site.tensor, []).append(gemm)
+    return list(groups.values())
+
+
 def _sample_inputs(
     reader: torch.nn.Module,
     windows: Iterable[Window],
     inputs: Sequence[str],
+    gemms: Sequence[str],
     on_window: Callable[[], None],
-) -> tuple[dict[str, torch.Tensor], list[list[str]]]:
-    """Rows of each quantized GEMM's input, and the GEMMs grouped by that input.
+) -> dict[str, torch.Tensor]:
+    """Rows of each GEMM's input, float32 [N, K].
 
     Runs in float. Each window gives its largest rows (outliers sit on few tokens) and
     evenly spaced others.
     """
     import torch
-    from modelopt.torch.quantization.nn import TensorQuantizer
 
-    parts: dict[str, list[torch.Tensor]] = {}
-    readers_of: dict[int, list[str]] = {}
-    alive: list[torch.Tensor] = []
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in gemms}
 
-    def make_hook(name: str) -> Callable[[Any, Any], None]:
+    def make_hook(kept: list[torch.Tensor]) -> Callable[[Any, Any], None]:
         def hook(_module: Any, arguments: Any) -> None:
             rows = arguments[0].detach().flatten(0, -2)
-            if name not in parts:  # the first window tells who reads what
-                alive.append(arguments[0])  # so that no address is used twice
-                readers_of.setdefault(arguments[0].data_ptr(), []).append(name)
-            if name != readers_of_first.get(name, name):
-                return
             peaks = rows.abs().amax(1).topk(min(_PEAK_ROWS, len(rows))).indices
             spread = torch.linspace(
                 0, len(rows) - 1, min(ROWS_PER_WINDOW - _PEAK_ROWS, len(rows))
             )
             picked = torch.cat((peaks, spread.long())).unique()
-            parts.setdefault(name, []).append(rows[picked])
+            kept.append(rows[picked])
 
         return hook
 
-    readers_of_first: dict[str, str] = {}
-    quantizers = [
-        module
-        for module in reader.modules()
-        if isinstance(module, TensorQuantizer) and module.is_enabled
-    ]
     hooks = [
-        module.register_forward_pre_hook(make_hook(name))
-        for name, module in reader.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and getattr(module, "input_quantizer", None) in quantizers
+        reader.model.get_submodule(name).register_forward_pre_hook(make_hook(kept))
+        for name, kept in parts.items()
     ]
-    for quantizer in quantizers:
-        quantizer.disable_quant()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), quantizers_off(reader.model):
             for window in windows:
                 run_reader(reader, window, inputs)
-                # From the second window on, one reader of a tensor stands for all.
-                readers_of_first.update(
-                    {n: names[0] for names in readers_of.values() for n in names}
-                )
-                alive.clear()
                 on_window()
     finally:
-        for quantizer in quantizers:
-            quantizer.enable_quant()
         for hook in hooks:
             hook.remove()
     samples = {}
     for name, found in parts.items():
+        if not found:
+            raise BuildError("SmoothQuant needs at least one calibration window")
         rows = torch.cat(found)
         step = max(1, len(rows) // MAX_ROWS)
         samples[name] = rows[::step][:MAX_ROWS]
-    return samples, list(readers_of.values())
+    return samples
