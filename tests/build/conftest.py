@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from int8qa.build.calibration import Calibrator, calibrate
 from int8qa.build.checkpoint import demo_checkpoint_directory
 from int8qa.build.export import export_onnx
 from int8qa.build.graph import clean_graph
-from int8qa.build.quantization import RECIPES, insert_quantizers
 from int8qa.reader.tokenizer import ReaderTokenizer
 from int8qa.reader.windows import Window, split_windows
 from tests.build.tiny import (
     ARCHITECTURES,
     CALIBRATION,
     EVALUATION,
+    CalibratedReader,
     Graphs,
     TinyReader,
+    calibrate_reader,
     make_reader,
     write_squad,
 )
@@ -66,17 +67,21 @@ def graphs(windows: list[Window]) -> Graphs:
     import onnx
 
     reader = make_reader("bert")
-    wrapped = reader.wrapped
+    float_raw = export_onnx(reader.wrapped, reader.inputs).SerializeToString()
+    quantized_raw = calibrate_reader("bert", windows, "linear").exported
+    return Graphs(
+        reader.inputs,
+        float_raw,
+        clean_graph(onnx.load_from_string(float_raw)).SerializeToString(),
+        quantized_raw,
+        clean_graph(onnx.load_from_string(quantized_raw)).SerializeToString(),
+    )
 
-    def export() -> tuple[bytes, bytes]:
-        raw = export_onnx(wrapped, reader.inputs).SerializeToString()
-        return raw, clean_graph(onnx.load_from_string(raw)).SerializeToString()
 
-    float_raw, float_clean = export()
-    insert_quantizers(reader.model, RECIPES["linear"])
-    calibrate(wrapped, windows, Calibrator("max"), reader.inputs)
-    quantized_raw, quantized_clean = export()
-    return Graphs(reader.inputs, float_raw, float_clean, quantized_raw, quantized_clean)
+@pytest.fixture(scope="session")
+def calibrated(windows: list[Window]) -> Callable[[str], CalibratedReader]:
+    """An architecture, calibrated and exported as ``full``; made once, on demand."""
+    return functools.cache(lambda name: calibrate_reader(name, windows, "full"))
 
 
 @pytest.fixture(scope="session")

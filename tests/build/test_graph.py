@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,16 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from int8qa.build.graph import clean_graph, take_census
+from int8qa.build.graph import clean_graph
 from int8qa.contract import ATTENTION_MASK
 from int8qa.errors import ExportError
-from tests.build.tiny import Graphs, make_reader, random_feed, run_onnx
+from tests.build.tiny import (
+    CalibratedReader,
+    Graphs,
+    make_reader,
+    random_feed,
+    run_onnx,
+)
 
 FLOAT = TensorProto.FLOAT
 
@@ -360,13 +366,121 @@ def test_invalid_graph() -> None:
         clean_graph(model)
 
 
-def test_census(x: np.ndarray) -> None:
-    """Only a GEMM with both inputs dequantized counts as quantized."""
-    weight = np.ones((4, 4), np.float32)
-    model = quantize_model(weight, np.float32(0.1), np.int8(0), None)
-    census = take_census(model)
-    assert (census.nodes, census.matmuls, census.quantized_matmuls) == (3, 1, 0)
-    assert (census.quantize_nodes, census.dequantize_nodes) == (1, 1)
+def _requantize(
+    scales: Sequence[str], *, zero_points: Sequence[str] = ()
+) -> onnx.ModelProto:
+    """Q/DQ pairs in a row on x, whose last feeds a GEMM and whose first a residual."""
+    constants: dict[str, Any] = {
+        "s0": np.float32(0.03),
+        "s0_again": np.float32(0.03),
+        "s1": np.float32(0.07),
+        "z": np.int8(0),
+        "z_again": np.int8(0),
+        "z3": np.int8(3),
+        "w": np.random.default_rng(6).normal(size=(4, 4)).astype(np.float32),
+    }
+    nodes = []
+    read = "x"
+    for i, scale in enumerate(scales):
+        grid = [scale, zero_points[i] if zero_points else "z"]
+        nodes += [
+            helper.make_node("QuantizeLinear", [read, *grid], [f"q{i}"]),
+            helper.make_node("DequantizeLinear", [f"q{i}", *grid], [f"d{i}"]),
+        ]
+        read = f"d{i}"
+    nodes += [
+        helper.make_node("MatMul", [read, "w"], ["product"]),
+        helper.make_node("Add", ["product", "d0"], ["y"]),
+    ]
+    return build(nodes, constants)
+
+
+@pytest.mark.parametrize(
+    ("scales", "left"),
+    [
+        (["s0", "s0"], 1),
+        (["s0", "s0_again"], 1),
+        (["s0", "s0", "s0_again"], 1),
+        (["s0", "s1"], 2),
+        (["s0", "s1", "s1"], 2),
+        (["s0", "s1", "s0"], 3),
+    ],
+)
+def test_requantization_folds(scales: list[str], left: int) -> None:
+    """Quantizing again on the same grid goes, bit by bit; on another it stays."""
+    # Every value of the grid, halfway points and what saturates.
+    x = (np.arange(-300, 300, dtype=np.float32) * np.float32(0.015)).reshape(-1, 4)
+    cleaned = clean_and_compare(_requantize(scales), {"x": x})
+    counts = Counter(kinds(cleaned))
+    assert counts["QuantizeLinear"] == counts["DequantizeLinear"] == left
+
+
+@pytest.mark.parametrize(
+    ("zero_points", "left"), [(["z", "z_again"], 1), (["z", "z3"], 2), (["z3"] * 2, 1)]
+)
+def test_requantization_with_other_zero_point_stays(
+    zero_points: list[str], left: int
+) -> None:
+    """The zero point is part of the grid."""
+    x = np.linspace(-5, 5, 400, dtype=np.float32).reshape(-1, 4)
+    model = _requantize(["s0", "s0"], zero_points=zero_points)
+    assert kinds(clean_and_compare(model, {"x": x})).count("QuantizeLinear") == left
+
+
+def test_requantization_that_is_an_output_stays(x: np.ndarray) -> None:
+    """A graph output keeps the node that gives it its name."""
+    model = _requantize(["s0", "s0"])
+    output = helper.make_tensor_value_info("q1", TensorProto.INT8, [None, None])
+    model.graph.output.append(output)
+    cleaned = clean_and_compare(model, {"x": x})
+    assert kinds(cleaned).count("QuantizeLinear") == 2
+
+
+def test_repeated_transposes_fold() -> None:
+    """Two or three turns are one; a Transpose in between that others read stays."""
+    model = build(
+        [
+            helper.make_node("Transpose", ["x"], ["a"], perm=[1, 2, 0]),
+            helper.make_node("Transpose", ["a"], ["b"], perm=[0, 2, 1]),
+            helper.make_node("Transpose", ["b"], ["c"], perm=[2, 0, 1]),
+            helper.make_node("Transpose", ["x"], ["d"]),
+            helper.make_node("Transpose", ["d"], ["e"], perm=[0, 2, 1]),
+            helper.make_node("Relu", ["c"], ["y"]),
+            helper.make_node("Neg", ["e"], ["y2"]),
+            helper.make_node("Neg", ["a"], ["y3"]),
+        ],
+        {},
+        outputs=("y", "y2", "y3"),
+        rank=3,
+    )
+    for value in model.graph.output:
+        value.type.tensor_type.shape.dim.add()
+    x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    cleaned = clean_and_compare(model, {"x": x})
+    # The one without a perm is left as it is.
+    assert kinds(cleaned).count("Transpose") == 2 + 2
+
+
+def test_every_grid_value_survives_requantization() -> None:
+    """Why the fold is exact: q * s / s rounds to q for every q and any scale s."""
+    rng = np.random.default_rng(8)
+    scales = np.exp(rng.uniform(-60, 60, 2000)).astype(np.float32)[:, None]
+    integers = np.arange(-128, 128, dtype=np.float32)[None, :]
+    found = np.rint((integers * scales) / scales)
+    np.testing.assert_array_equal(found, np.broadcast_to(integers, found.shape))
+
+
+def test_full_graph_keeps_its_function(
+    calibrated: Callable[[str], CalibratedReader],
+) -> None:
+    """All passes on a graph with pairs on residuals and attention change nothing."""
+    source = calibrated("bert")
+    raw = onnx.load_from_string(source.exported)
+    expected = run_onnx(raw, feed := random_feed(source.reader, [24, 17], 24))
+    cleaned = clean_graph(raw)
+    real = feed[ATTENTION_MASK] == 1
+    for left, right in zip(expected, run_onnx(cleaned, feed), strict=True):
+        np.testing.assert_allclose(right[real], left[real], atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["float", "quantized"])
@@ -384,18 +498,19 @@ def test_exported_graph_keeps_its_function(graphs: Graphs, kind: str) -> None:
 def test_exported_graph_is_clean(graphs: Graphs) -> None:
     """12 quantized GEMMs on 8 activation pairs; every weight stored as INT8."""
     cleaned = onnx.load_from_string(graphs.quantized_clean)
-    census = take_census(cleaned)
-    # Per layer: Q, K, V, attention output, two of the feed-forward; and the scores
-    # and the context of attention, and the head, in float.
-    assert census.quantized_matmuls == 12
-    assert census.matmuls == 12 + 2 * 2 + 1
-    # Q, K and V share one pair.
-    assert census.quantize_nodes == 2 * 4
-    assert census.dequantize_nodes == 2 * 4 + 12
     counts = Counter(kinds(cleaned))
-    assert counts["Constant"] == 0
     constants = initializers(cleaned)
     producers = {node.output[0]: node for node in cleaned.graph.node}
+    pairs = {n for n, node in producers.items() if node.op_type == "DequantizeLinear"}
+    matmuls = [node for node in cleaned.graph.node if node.op_type == "MatMul"]
+    # Per layer: Q, K, V, attention output, two of the feed-forward; and the scores
+    # and the context of attention, and the head, in float.
+    assert sum(pairs.issuperset(node.input) for node in matmuls) == 12
+    assert len(matmuls) == 12 + 2 * 2 + 1
+    # Q, K and V share one pair.
+    assert counts["QuantizeLinear"] == 2 * 4
+    assert counts["DequantizeLinear"] == 2 * 4 + 12
+    assert counts["Constant"] == 0
     for node in cleaned.graph.node:
         source = producers.get(node.input[1]) if node.op_type == "MatMul" else None
         if source is not None and source.op_type == "DequantizeLinear":

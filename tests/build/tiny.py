@@ -7,14 +7,32 @@ a checkpoint it does to these in a second.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from int8qa.build.export import model_inputs, wrap_model
+from int8qa.build.attention import register_attention
+from int8qa.build.calibration import (
+    Calibrator,
+    Histograms,
+    Ranges,
+    choose_ranges,
+    collect_histograms,
+    set_ranges,
+)
+from int8qa.build.export import export_onnx, model_inputs, wrap_model
+from int8qa.build.quantization import (
+    RECIPES,
+    Plan,
+    insert_quantizers,
+    switch_quantizers,
+)
+from int8qa.build.sites import Site, find_sites
 from int8qa.contract import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPE_IDS
+from int8qa.reader.windows import Window
 
 ARCHITECTURES = ("bert", "roberta", "distilbert", "electra")
 VOCABULARY = 30_522
@@ -95,7 +113,7 @@ def make_model(architecture: str) -> Any:
         config = transformers.DistilBertConfig(
             **shared, dim=32, n_layers=2, n_heads=2, hidden_dim=64
         )
-    config._attn_implementation = "eager"
+    config._attn_implementation = register_attention()
     return transformers.AutoModelForQuestionAnswering.from_config(config).eval()
 
 
@@ -162,6 +180,48 @@ def run_onnx(model: Any, feed: Feed) -> list[Any]:
     )
     outputs: list[Any] = session.run(None, feed)
     return outputs
+
+
+@dataclass(frozen=True)
+class CalibratedReader:
+    """One architecture with quantizers, their ranges, and the Q/DQ graph of it."""
+
+    reader: TinyReader
+    sites: list[Site]
+    plan: Plan
+    histograms: Histograms
+    ranges: Ranges
+    exported: bytes
+    """As the exporter wrote it."""
+
+
+def quantize_reader(architecture: str, recipe: str) -> tuple[TinyReader, Plan]:
+    """A fresh reader with quantizers, switched by a built-in recipe, no ranges yet."""
+    reader, sites = insert_and_find(architecture)
+    plan = RECIPES[recipe].choose(sites)
+    switch_quantizers(reader.model, plan)
+    return reader, plan
+
+
+def insert_and_find(architecture: str) -> tuple[TinyReader, list[Site]]:
+    """A fresh reader with quantizers, all off, and what they stand at."""
+    reader = make_reader(architecture)
+    insert_quantizers(reader.model)
+    return reader, find_sites(reader.wrapped, reader.inputs)
+
+
+def calibrate_reader(
+    architecture: str, windows: Sequence[Window], recipe: str
+) -> CalibratedReader:
+    """All the build does before it projects: insert, calibrate by max, export."""
+    reader, sites = insert_and_find(architecture)
+    plan = RECIPES[recipe].choose(sites)
+    switch_quantizers(reader.model, plan)
+    histograms = collect_histograms(reader.wrapped, windows, plan, reader.inputs)
+    ranges = choose_ranges(reader.model, plan, histograms, Calibrator("max"))
+    set_ranges(reader.model, ranges)
+    exported = export_onnx(reader.wrapped, reader.inputs).SerializeToString()
+    return CalibratedReader(reader, sites, plan, histograms, ranges, exported)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ by more than the rounding it names.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,18 +20,6 @@ if TYPE_CHECKING:
 
 QUANTIZE = "QuantizeLinear"
 DEQUANTIZE = "DequantizeLinear"
-
-
-@dataclass(frozen=True, slots=True)
-class GraphCensus:
-    """What a graph holds, counted; written into the manifest."""
-
-    nodes: int
-    matmuls: int
-    quantized_matmuls: int
-    """MatMuls whose two inputs come from a DequantizeLinear."""
-    quantize_nodes: int
-    dequantize_nodes: int
 
 
 def clean_graph(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -49,6 +36,8 @@ def clean_graph(model: onnx.ModelProto) -> onnx.ModelProto:
     graph.drop_identities()
     graph.fold_quantized_weights()
     graph.fold_transposed_weights()
+    graph.fold_requantization()
+    graph.fold_repeated_transposes()
     graph.merge_equal_nodes()
     graph.drop_unused()
     try:
@@ -56,24 +45,6 @@ def clean_graph(model: onnx.ModelProto) -> onnx.ModelProto:
     except onnx.checker.ValidationError as error:
         raise ExportError(f"the cleaned graph is not valid ONNX: {error}") from error
     return model
-
-
-def take_census(model: onnx.ModelProto) -> GraphCensus:
-    """Count nodes, GEMMs and Q/DQ pairs of ``model``."""
-    counts = Counter(node.op_type for node in model.graph.node)
-    dequantized = {
-        node.output[0] for node in model.graph.node if node.op_type == DEQUANTIZE
-    }
-    matmuls = [node for node in model.graph.node if node.op_type == "MatMul"]
-    return GraphCensus(
-        nodes=len(model.graph.node),
-        matmuls=len(matmuls),
-        quantized_matmuls=sum(
-            all(name in dequantized for name in node.input) for node in matmuls
-        ),
-        quantize_nodes=counts[QUANTIZE],
-        dequantize_nodes=counts[DEQUANTIZE],
-    )
 
 
 class _Graph:
@@ -219,6 +190,61 @@ class _Graph:
             source.output[0] = node.output[0]
             dead.append(node)
         self._remove(dead)
+
+    def fold_requantization(self) -> None:
+        """QuantizeLinear of what was just dequantized from the same grid.
+
+        A quantizer on a LayerNorm's output and the same one on the GEMM that reads it
+        write Q, DQ, Q, DQ; the second pair changes nothing, and hides from engines
+        that GEMM and residual add read one INT8 tensor. Exact: an integer times its
+        scale, divided by that scale, is at most one rounding away from the integer.
+        """
+        producers = {node.output[0]: node for node in self.graph.node}
+        outputs = {value.name for value in self.graph.output}
+        renames: dict[str, str] = {}
+        dead = []
+        for node in self.graph.node:
+            for index, name in enumerate(node.input):
+                node.input[index] = renames.get(name, name)
+            source = producers.get(node.input[0]) if node.input else None
+            if (
+                node.op_type == QUANTIZE
+                and source is not None
+                and source.op_type == DEQUANTIZE
+                and node.output[0] not in outputs
+                and self._grid(node) is not None
+                and self._grid(node) == self._grid(source)
+            ):
+                renames[node.output[0]] = source.input[0]
+                dead.append(node)
+        self._remove(dead)
+
+    def _grid(self, node: onnx.NodeProto) -> tuple[Any, ...] | None:
+        """One scale and zero point, by value; None where they are more, or unknown."""
+        if len(node.input) != 3 or any(n not in self.values for n in node.input[1:]):
+            return None
+        scale, zero_point = (self.values[name] for name in node.input[1:])
+        if scale.size != 1:
+            return None
+        return scale.item(), scale.dtype.str, zero_point.item(), zero_point.dtype.str
+
+    def fold_repeated_transposes(self) -> None:
+        """Transpose of a Transpose becomes one.
+
+        The exporter does so itself, but not across a Q/DQ pair that goes later: the
+        key's, between the split into heads and the turn for the score GEMM.
+        """
+        perms: dict[str, tuple[str, list[int]]] = {}
+        for node in self.graph.node:
+            order = next((list(a.ints) for a in node.attribute if a.name == "perm"), [])
+            if node.op_type != "Transpose" or not order:
+                continue
+            if node.input[0] in perms:
+                source, first = perms[node.input[0]]
+                order = [first[axis] for axis in order]
+                node.input[0] = source
+                node.attribute[0].ints[:] = order
+            perms[node.output[0]] = (node.input[0], order)
 
     def merge_equal_nodes(self) -> None:
         """One node for equal work: the Q/DQ pairs of Q, K and V read one tensor.
