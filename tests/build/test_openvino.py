@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,14 @@ import pytest
 from onnx import TensorProto, helper
 
 from int8qa.build.engines.openvino import (
+    MODEL_FILENAME,
     Execution,
     OpenVinoEngine,
     check_execution,
-    median_latencies,
+    compile_graph,
     save_ir,
 )
-from int8qa.contract import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPE_IDS, Precision
+from int8qa.contract import ATTENTION_MASK, Precision
 from int8qa.errors import EnginePrecisionError, ExportError
 from tests.build.tiny import Graphs, make_reader, random_feed, run_onnx
 
@@ -27,7 +27,9 @@ NEW_CPU = ("FP32", "FP16", "INT8", "BIN")
 
 
 def execution(gemms: dict[str, int], capabilities: tuple[str, ...]) -> Execution:
-    return Execution(gemms=gemms, device="Test CPU", capabilities=capabilities)
+    return Execution(
+        gemms=gemms, attentions={}, device="Test CPU", capabilities=capabilities
+    )
 
 
 def test_int8_that_runs_in_float() -> None:
@@ -82,8 +84,9 @@ def engines(
         int8 = precision is Precision.INT8
         graph = graphs.quantized_clean if int8 else graphs.float_clean
         directory = tmp_path_factory.mktemp(str(precision))
-        path, size = save_ir(onnx.load_from_string(graph), directory, precision)
-        compiled[precision] = (OpenVinoEngine(path, precision), path, size)
+        model = onnx.load_from_string(graph)
+        engine, size = compile_graph(model, directory, precision)
+        compiled[precision] = (engine, directory / MODEL_FILENAME, size)
     return compiled
 
 
@@ -155,34 +158,23 @@ def test_graph_openvino_does_not_know(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-class RecordingEngine:
-    """Notes what it is asked."""
-
-    def __init__(self, name: str, calls: list[tuple[str, tuple[int, ...]]]) -> None:
-        self.name = name
-        self.calls = calls
-
-    def infer(self, feed: Mapping[str, Any]) -> None:
-        assert {value.shape for value in feed.values()} == {feed[INPUT_IDS].shape}
-        assert feed[ATTENTION_MASK].all()
-        assert not feed[TOKEN_TYPE_IDS].any()
-        self.calls.append((self.name, feed[INPUT_IDS].shape))
-
-
-def test_engines_take_turns() -> None:
-    """Engines are timed in turns, warm-ups apart, one row per shape."""
-    calls: list[tuple[str, tuple[int, ...]]] = []
-    engines: Any = {name: RecordingEngine(str(name), calls) for name in Precision}
-    table = median_latencies(
-        engines,
-        [(1, 16), (4, 8)],
-        (INPUT_IDS, ATTENTION_MASK, TOKEN_TYPE_IDS),
-        repeats=2,
-        warm_ups=1,
-    )
-    assert table.keys() == {"1x16", "4x8"}
-    assert all(row.keys() == {"int8", "fp16", "fp32"} for row in table.values())
-    names = [str(name) for name in Precision]
-    assert calls == [
-        (name, shape) for shape in ((1, 16), (4, 8)) for _ in range(3) for name in names
+def test_hint(graphs: Graphs, tmp_path: Path) -> None:
+    """Another hint moves the float parts of an INT8 graph, and leaves its GEMMs INT8."""
+    graph = onnx.load_from_string(graphs.quantized_clean)
+    path, _ = save_ir(graph, tmp_path, Precision.INT8)
+    feed = random_feed(make_reader("bert"), [21, 32], 32)
+    fine = OpenVinoEngine(path, Precision.INT8, hint="f32")
+    gemms = fine.execution.gemms
+    assert gemms.keys() <= {"i8", "u8", "f32"}
+    assert gemms.get("i8", 0) + gemms.get("u8", 0) == 12
+    usual = OpenVinoEngine(path, Precision.INT8)
+    assert usual.execution.gemms.get("i8", 0) + usual.execution.gemms.get("u8", 0) == 12
+    expected = run_onnx(graph, feed)
+    real = feed[ATTENTION_MASK] == 1
+    errors = [
+        float(np.abs(engine.infer(feed)[0] - expected[0])[real].max())
+        for engine in (fine, usual)
     ]
+    assert errors[0] <= 1.0
+    halves = {"FP16", "BF16"} & set(usual.execution.capabilities)
+    assert (errors[0] != errors[1]) == bool(halves)

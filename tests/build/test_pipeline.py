@@ -12,17 +12,30 @@ import pytest
 from rich.console import Console
 
 from int8qa.build import pipeline
+from int8qa.build.accuracy import share_equal
 from int8qa.build.calibration import Calibrator
+from int8qa.build.checkpoint import resolve_checkpoint
+from int8qa.build.engines.openvino import OpenVinoEngine
+from int8qa.build.export import wrap_model
 from int8qa.build.parity import COMPILE, EXPORT, HALF
 from int8qa.build.pipeline import (
     BuildOptions,
     BuildOutcome,
     build_repository,
+    count_stages,
     is_demo,
-    questions_file,
+    list_advice,
 )
+from int8qa.build.quantization import RECIPES
+from int8qa.build.recipe_file import load_recipe
 from int8qa.build.report import BuildProgress
 from int8qa.build.repository import find_current
+from int8qa.build.subject import (
+    QuestionSources,
+    data_name,
+    load_subject,
+    questions_file,
+)
 from int8qa.build.triton_config import parse_config
 from int8qa.contract import Precision, load_contract
 from int8qa.errors import (
@@ -33,7 +46,13 @@ from int8qa.errors import (
     ParityError,
 )
 from int8qa.reader.tokenizer import ReaderTokenizer
-from tests.build.tiny import CALIBRATION, EVALUATION, POSITIONS, write_squad
+from tests.build.tiny import (
+    ARCHITECTURES,
+    CALIBRATION,
+    EVALUATION,
+    POSITIONS,
+    write_squad,
+)
 
 
 def make_console() -> Console:
@@ -41,8 +60,19 @@ def make_console() -> Console:
 
 
 def build(options: BuildOptions, console: Console | None = None) -> BuildOutcome:
-    progress = BuildProgress(stages=11, console=console or make_console())
+    progress = BuildProgress(count_stages(options), console=console or make_console())
     return build_repository(options, progress)
+
+
+def change_options(options: BuildOptions, **change: Any) -> BuildOptions:
+    """``options`` with some replaced, those of its sources by their own names."""
+    sources = {
+        name: change.pop(name)
+        for name in list(change)
+        if hasattr(options.sources, name)
+    }
+    replaced = dataclasses.replace(options.sources, **sources)
+    return dataclasses.replace(options, sources=replaced, **change)
 
 
 def modification_times(repository: Path) -> dict[str, int]:
@@ -71,8 +101,7 @@ def built(
     options = BuildOptions(
         model_repository=tmp_path_factory.mktemp("built") / "models",
         checkpoint=str(tiny_checkpoints["bert"]),
-        calibration_data=calibration,
-        evaluation_data=evaluation,
+        sources=QuestionSources(calibration, evaluation),
         gate=0.0,
     )
     console = make_console()
@@ -103,9 +132,16 @@ def test_manifest(built: Built) -> None:
     stored = json.loads((built.options.model_repository / "manifest.json").read_text())
     assert {key: stored[key] for key in manifest} == json.loads(json.dumps(manifest))
     assert manifest["checkpoint"]["name"] == "tiny-bert"
-    assert manifest["recipe"] == "linear"
+    assert manifest["manifest_version"] == 2
+    recipe = manifest["recipe"]
+    assert (recipe["name"], recipe["weights"]) == ("linear", "per-channel")
+    assert recipe["share_qkv"] is False
+    assert {"subject": "qkv_input", "enable": True, "per_channel": None} in recipe[
+        "rules"
+    ]
     assert manifest["calibrator"] == "percentile-99.999"
     assert manifest["calibration_questions"] == 3
+    assert manifest["calibration_windows"] == 3
     assert manifest["evaluation_questions"] == 2
     deviations = manifest["max_logit_deviation"]
     assert list(deviations) == [r.conversion for r in (EXPORT, COMPILE, HALF)]
@@ -114,18 +150,37 @@ def test_manifest(built: Built) -> None:
         assert 0 < deviations[rule.conversion] <= rule.tolerance
     assert manifest["demo"] is False
     assert manifest["census"]["quantized_matmuls"] == 12
+    by_class = manifest["census"]["by_class"]
+    assert by_class["qkv_weight"] == {"sites": 6, "quantized": 6, "per_channel": 6}
+    assert by_class["query"] == {"sites": 2, "quantized": 0, "per_channel": 0}
     assert len(manifest["activation_amax"]) == 12
+    assert len(manifest["smoothing_alpha"]) == 12
+    assert manifest["mixed"] is None
+    assert manifest["searched"] == {}
     assert list(manifest["models"]) == ["int8", "fp16", "fp32"]
     for name, model in manifest["models"].items():
-        assert model.keys() == {"accuracy", "execution", "gemms", "size_bytes"}
+        assert model.keys() == {
+            "accuracy",
+            "execution",
+            "gemms",
+            "attentions",
+            "size_bytes",
+        }
         assert model["accuracy"]["questions"] == 2
+        assert 0 <= model["accuracy"]["agreement_fp16"] <= 1
         assert model["execution"]
         if name == "int8":
             assert model["gemms"]["i8"] >= 12
     # 384 tokens are more than this checkpoint reads.
     assert list(manifest["latency_ms"]) == ["1x128", f"1x{POSITIONS}", "8x128"]
+    for shape, row in manifest["latency"].items():
+        assert row.keys() == {"int8", "fp16", "fp32"}
+        for name, latency in row.items():
+            assert latency["p50_ms"] == manifest["latency_ms"][shape][name]
+            assert latency["p99_ms"] >= latency["p50_ms"] > 0
     assert manifest["recommended"] in {"int8", "fp16", "fp32"}
-    assert manifest["verdict"].startswith("Verdict: ")
+    assert manifest["verdict"].startswith("On ")
+    assert "INT8 (linear, percentile-99.999)" in manifest["verdict"]
     assert manifest["inputs"]["versions"].keys() >= {"torch", "openvino", "int8qa"}
 
 
@@ -144,6 +199,7 @@ def test_contract(built: Built) -> None:
     assert (int8.calibrator, int8.recipe) == ("percentile-99.999", "linear")
     assert (fp32.calibrator, fp32.recipe) == ("none", "none")
     assert contract.verdict == built.outcome.manifest["verdict"]
+    assert contract.recommended == Precision(built.outcome.manifest["recommended"])
 
 
 def test_files(built: Built) -> None:
@@ -195,26 +251,39 @@ def test_second_build_is_a_cache_hit(built: Built) -> None:
         {"calibrator": Calibrator("max")},
         {"calibrator": Calibrator("percentile", 99.9999)},
         {"calibrator": Calibrator("percentile", 99.9999999)},
+        {"calibrator": Calibrator("mse")},
+        {"calibrator": Calibrator("search")},
+        {"recipe": RECIPES["full"]},
+        {"recipe": dataclasses.replace(RECIPES["linear"], per_channel=False)},
+        {"recipe": dataclasses.replace(RECIPES["linear"], share_qkv=True)},
+        {"recipe": dataclasses.replace(RECIPES["full"], name="linear")},
+        {"smooth": False},
+        {"mixed": True},
         {"calibration_limit": 1},
         {"evaluation_limit": 1},
         {"gate": 0.5},
     ],
-    ids=lambda change: "-".join(map(str, change)),
+    ids=[
+        *("force", "max", "percentile", "finer-percentile", "mse", "search", "full"),
+        *("per-tensor", "share-qkv", "other-rules", "plain", "mixed"),
+        *("calibration-limit", "evaluation-limit", "gate"),
+    ],
 )
 def test_changed_option_rebuilds(built: Built, change: dict[str, Any]) -> None:
     """Every option that shapes the outcome is part of its identity."""
     with pytest.raises(AssertionError, match="a build was started"):
-        build(dataclasses.replace(built.options, **change))
+        build(change_options(built.options, **change))
 
 
 @pytest.mark.usefixtures("no_build")
-@pytest.mark.parametrize("split", ["calibration_data", "evaluation_data"])
+@pytest.mark.parametrize("split", ["calibration", "evaluation"])
 def test_changed_questions_rebuild(built: Built, tmp_path: Path, split: str) -> None:
     """Questions count by their content: a copy is the same, an edit is not."""
-    source: Path = getattr(built.options, split)
+    source: Path = getattr(built.options.sources, split)
     copy = tmp_path / source.name
     copy.write_bytes(source.read_bytes())
-    options = dataclasses.replace(built.options, **{split: copy})
+    sources = dataclasses.replace(built.options.sources, **{split: copy})
+    options = dataclasses.replace(built.options, sources=sources)
     assert build(options).cached
     copy.write_bytes(source.read_bytes() + b"\n")
     with pytest.raises(AssertionError, match="a build was started"):
@@ -233,8 +302,7 @@ def test_force_rebuilds(
         model_repository=tmp_path / "models",
         checkpoint=str(tiny_checkpoints["distilbert"]),
         calibrator=Calibrator("max"),
-        calibration_data=calibration,
-        evaluation_data=evaluation,
+        sources=QuestionSources(calibration, evaluation),
         gate=0.0,
     )
     first = build(options)
@@ -263,13 +331,321 @@ def test_gate_leaves_the_target_as_it_was(
     """A build that loses too much publishes nothing."""
     before = modification_times(built.options.model_repository)
 
-    def refuse(int8: Any, *, gate: float) -> None:
-        raise AccuracyGateError(f"{gate}")
+    def refuse(int8: Any, *, gate: float, advice: list[str]) -> list[str]:
+        raise AccuracyGateError(f"{gate}: {len(advice)}")
 
     monkeypatch.setattr(pipeline, "check_gate", refuse)
     with pytest.raises(AccuracyGateError, match=r"0\.25"):
         build(dataclasses.replace(built.options, gate=0.25))
     assert modification_times(built.options.model_repository) == before
+
+
+@pytest.fixture(scope="module")
+def answered(
+    tiny_checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Questions to which the tiny BERT's own float answers are the right ones.
+
+    A random reader is right by no other measure, and a gate needs something to lose.
+    """
+    import torch
+
+    root = tmp_path_factory.mktemp("answered")
+    words = [
+        "mill",
+        "ferry",
+        "pump",
+        "valve",
+        "tower",
+        "river",
+        "bolt",
+        "ridge",
+        "lamp",
+        "cable",
+        "door",
+        "wheel",
+    ]
+    paragraphs = [
+        (
+            " ".join(f"{words[(i * j) % 11]} {words[(i + j) % 12]}" for j in range(9)),
+            ((f"Which {word} is it?", words[0]),),
+        )
+        for i, word in enumerate(words, start=1)
+    ]
+    draft = write_squad(root / "draft.json", [(f"mill {c}", q) for c, q in paragraphs])
+    subject = load_subject(
+        resolve_checkpoint(str(tiny_checkpoints["bert"])),
+        QuestionSources(write_squad(root / "other.json", CALIBRATION), draft),
+        root / "tokenizer.json",
+    )
+    reader = wrap_model(subject.checkpoint.model)
+
+    def infer(feed: Any) -> Any:
+        with torch.no_grad():
+            start, end = reader(*(torch.from_numpy(feed[n]) for n in subject.inputs))
+        return start.numpy(), end.numpy()
+
+    found = subject.answer(infer).texts
+    assert all(found.values())
+    pairs = [(q.context, ((q.question, found[q.id]),)) for q in subject.questions]
+    return write_squad(root / "answered.json", pairs)
+
+
+def options_for(
+    built: Built, tmp_path: Path, *, evaluation: Path | None = None, **change: Any
+) -> BuildOptions:
+    """Of the tiny BERT, into a repository of its own."""
+    options = change_options(
+        built.options, model_repository=tmp_path / "models", **change
+    )
+    return (
+        options
+        if evaluation is None
+        else change_options(options, evaluation=evaluation)
+    )
+
+
+COARSE = Calibrator("percentile", 51.0)
+"""Cuts off half of all values, so that most answers change."""
+
+
+@pytest.mark.usefixtures("one_shape")
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_full_recipe(
+    built: Built, tiny_checkpoints: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    """Every architecture builds in full INT8: attention and residual adds as well."""
+    options = options_for(
+        built,
+        tmp_path,
+        checkpoint=str(tiny_checkpoints[name]),
+        recipe=RECIPES["full"],
+    )
+    manifest = build(options).manifest
+    gemms = 13 if name == "electra" else 12  # it projects its embeddings
+    census = manifest["census"]
+    # Two layers, each with the GEMMs of scores and context.
+    assert census["quantized_matmuls"] == gemms + 4
+    assert census["matmuls"] == gemms + 5  # the head stays in float
+    ints = manifest["models"]["int8"]["gemms"]
+    assert ints.get("i8", 0) + ints.get("u8", 0) >= gemms
+    by_class = census["by_class"]
+    parts = ("query", "key", "value", "softmax", "attention_output", "ffn_output")
+    for part in (*parts, "attention_residual", "ffn_residual"):
+        assert by_class[part] == {"sites": 2, "quantized": 2, "per_channel": 0}, part
+    assert by_class["layernorm_input"]["quantized"] == 0
+    assert by_class["classifier_weight"]["quantized"] == 0
+    weights = [count for part, count in by_class.items() if part.endswith("_weight")]
+    assert sum(count["per_channel"] for count in weights) == gemms
+    contract = load_contract(options.model_repository)
+    assert contract.models[Precision.INT8].recipe == "full"
+
+
+@pytest.mark.usefixtures("one_shape")
+def test_coarse_and_shared_scales(built: Built, tmp_path: Path) -> None:
+    """One scale per weight, and one for Q, K and V, where the recipe says so."""
+    recipe = dataclasses.replace(RECIPES["full"], per_channel=False, share_qkv=True)
+    options = options_for(built, tmp_path, recipe=recipe)
+    manifest = build(options).manifest
+    assert manifest["recipe"]["weights"] == "per-tensor"
+    assert manifest["recipe"]["share_qkv"] is True
+    by_class = manifest["census"]["by_class"]
+    assert by_class["qkv_weight"] == {"sites": 6, "quantized": 6, "per_channel": 0}
+    assert not any(count["per_channel"] for count in by_class.values())
+    amax = manifest["activation_amax"]
+    assert not any(name.endswith("weight_quantizer") for name in amax)
+    for layer in range(2):
+        path = f"bert.encoder.layer.{layer}.attention.self"
+        assert len({amax[f"{path}.{part}_bmm_quantizer"] for part in "qkv"}) == 1
+    separate = options_for(built, tmp_path / "separate", recipe=RECIPES["full"])
+    amax = build(separate).manifest["activation_amax"]
+    path = "bert.encoder.layer.0.attention.self"
+    assert len({amax[f"{path}.{part}_bmm_quantizer"] for part in "qkv"}) == 3
+
+
+@pytest.mark.usefixtures("one_shape")
+@pytest.mark.parametrize("method", ["mse", "entropy", "search"])
+def test_calibrators(built: Built, tmp_path: Path, method: Any) -> None:
+    """Every calibrator builds, is recorded, and chooses ranges of its own."""
+    options = options_for(built, tmp_path, calibrator=Calibrator(method), smooth=False)
+    console = make_console()
+    manifest = build(options, console).manifest
+    assert manifest["calibrator"] == method
+    assert manifest["smoothing_alpha"] == {}
+    amax = manifest["activation_amax"]
+    assert len(amax) == 12
+    assert all(value > 0 for value in amax.values())
+    contract = load_contract(options.model_repository)
+    assert contract.models[Precision.INT8].calibrator == method
+    assert isinstance(console.file, io.StringIO)
+    stages = console.file.getvalue()
+    if method == "search":
+        assert manifest["searched"].keys() == amax.keys()
+        assert "[11/11]" in stages
+    else:
+        assert manifest["searched"] == {}
+        assert "[10/10]" in stages
+
+
+@pytest.mark.usefixtures("one_shape")
+def test_recipe_of_ones_own(built: Built, tmp_path: Path) -> None:
+    """A YAML file leaves out what it says; manifest and contract bear its name."""
+    path = tmp_path / "careful.yaml"
+    path.write_text(
+        "name: careful\nbase: linear\nrules:\n"
+        "  - {class: ffn_out_input, enable: false}\n"
+        "  - {class: ffn_out_weight, enable: false}\n"
+        '  - {quantizers: "*.layer.1.attention.self.key.weight_quantizer", axis: null}\n'
+    )
+    options = options_for(built, tmp_path, recipe=load_recipe(str(path)))
+    outcome = build(options)
+    manifest = outcome.manifest
+    assert manifest["recipe"]["name"] == "careful"
+    assert manifest["recipe"]["rules"][-2:] == [
+        {"subject": "ffn_out_weight", "enable": False, "per_channel": None},
+        {
+            "subject": "*.layer.1.attention.self.key.weight_quantizer",
+            "enable": True,
+            "per_channel": False,
+        },
+    ]
+    assert manifest["census"]["quantized_matmuls"] == 10
+    by_class = manifest["census"]["by_class"]
+    assert by_class["ffn_out_weight"]["quantized"] == 0
+    assert by_class["qkv_weight"] == {"sites": 6, "quantized": 6, "per_channel": 5}
+    assert outcome.contract.models[Precision.INT8].recipe == "careful"
+
+
+@pytest.mark.usefixtures("one_shape")
+def test_failed_gate_says_what_to_try(
+    built: Built, answered: Path, tmp_path: Path
+) -> None:
+    """Measured, allowed, and the three next things to try."""
+    options = options_for(
+        built, tmp_path, evaluation=answered, gate=0.99, calibrator=COARSE, smooth=False
+    )
+    with pytest.raises(AccuracyGateError) as caught:
+        build(options)
+    message = str(caught.value)
+    assert "% of FP32's F1" in message
+    assert "over 12 questions" in message
+    assert "the gate asks for 99 %" in message
+    advice = list_advice(options)
+    assert all(step in message for step in advice[:3])
+    assert advice[3] not in message
+    assert not options.model_repository.exists()
+
+
+def test_advice_names_what_was_not_tried() -> None:
+    """The most promising first; nothing that is already done."""
+    first = list_advice(
+        BuildOptions(
+            recipe=dataclasses.replace(RECIPES["full"], per_channel=False), smooth=False
+        )
+    )
+    assert [step.split()[0] for step in first[:5]] == [
+        *("--recipe", "--smooth", "--calibrator", "--weights", "--mixed"),
+    ]
+    last = list_advice(BuildOptions(calibrator=Calibrator("search"), mixed=True))
+    assert not any(step.startswith("--") for step in last)
+    assert len(last) == 2
+
+
+@pytest.mark.usefixtures("one_shape")
+def test_mixed_moves_units_to_float(
+    built: Built, answered: Path, tmp_path: Path
+) -> None:
+    """What is moved runs in float in graph and engine, and its price is reported."""
+    options = options_for(
+        built,
+        tmp_path,
+        evaluation=answered,
+        gate=0.9,
+        calibrator=Calibrator("percentile", 97.0),
+        smooth=False,
+        mixed=True,
+    )
+    console = make_console()
+    outcome = build(options, console)
+    manifest = outcome.manifest
+    mixed = manifest["mixed"]
+    moved = mixed["moved"]
+    assert moved
+    assert len(set(moved)) == len(moved)
+    by_count = {step["units_in_float"]: step for step in mixed["steps"]}
+    assert by_count[len(moved)]["f1_ratio"] >= 0.9
+    assert by_count[len(moved)]["added"] == moved[-1]
+    # The smallest number that passes, among those measured.
+    assert all(step["f1_ratio"] < 0.9 for n, step in by_count.items() if n < len(moved))
+    # Of 8 units of the two layers, Q, K and V are one of three GEMMs.
+    gemms = 12 - sum(3 if unit.endswith("qkv") else 1 for unit in moved)
+    assert manifest["census"]["quantized_matmuls"] == gemms
+    ints = manifest["models"]["int8"]["gemms"]
+    assert ints.get("i8", 0) + ints.get("u8", 0) == gemms
+    accuracy = manifest["models"]["int8"]["accuracy"]
+    assert accuracy["f1_ratio"] >= 0.9
+    # All of INT8's figures are the mixed model's, none the pure one's.
+    step = by_count[len(moved)]
+    assert (accuracy["f1_ratio"], accuracy["agreement"]) == (
+        step["f1_ratio"],
+        step["agreement"],
+    )
+    subject = load_subject(
+        resolve_checkpoint(options.checkpoint), options.sources, tmp_path / "t.json"
+    )
+    int8, fp16 = (
+        subject.answer(
+            OpenVinoEngine(
+                options.model_repository / precision.model_name / "1/model.xml",
+                precision,
+            ).infer
+        )
+        for precision in (Precision.INT8, Precision.FP16)
+    )
+    assert accuracy["agreement_fp16"] == share_equal(int8, fp16)
+    assert list(mixed["speed_of_pure_int8"]) == ["1x32"]
+    assert manifest["latency_ms"]["1x32"].keys() == {
+        *("int8", "fp16", "fp32", "pure int8"),
+    }
+    # Only what runs in INT8 has a range.
+    assert len(manifest["activation_amax"]) == gemms
+    assert outcome.contract.models[Precision.INT8].recipe == "linear+mixed"
+    assert isinstance(console.file, io.StringIO)
+    assert f"{len(moved)} units in float, the last {moved[-1]}" in " ".join(
+        console.file.getvalue().split()
+    )
+    assert not (options.model_repository / "mixed").exists()
+
+
+@pytest.mark.usefixtures("one_shape")
+def test_mixed_without_need(built: Built, answered: Path, tmp_path: Path) -> None:
+    """A model that passes as it is stays whole."""
+    options = options_for(
+        built, tmp_path, evaluation=answered, gate=0.0, mixed=True, smooth=False
+    )
+    manifest = build(options).manifest
+    assert manifest["mixed"] == {"moved": [], "speed_of_pure_int8": {}, "steps": []}
+    assert manifest["census"]["quantized_matmuls"] == 12
+
+
+@pytest.mark.usefixtures("one_shape")
+def test_mixed_that_cannot_reach_the_gate(
+    built: Built, answered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but one unit in float and still too little: nothing is published."""
+
+    def spoil(reference: Any, answers: Any, questions: Any) -> Any:
+        measured = compare(reference, answers, questions)
+        return dataclasses.replace(measured, f1_ratio=min(measured.f1_ratio, 0.9))
+
+    compare = pipeline.compare_answers
+    monkeypatch.setattr(pipeline, "compare_answers", spoil)
+    options = options_for(
+        built, tmp_path, evaluation=answered, gate=1.0, mixed=True, smooth=False
+    )
+    with pytest.raises(AccuracyGateError, match="even with 7 of 8 units in float"):
+        build(options)
+    assert not options.model_repository.exists()
 
 
 @pytest.mark.parametrize("rule", ["EXPORT", "COMPILE"])
@@ -291,8 +667,10 @@ def test_overlapping_questions(
     options = BuildOptions(
         model_repository=tmp_path / "models",
         checkpoint=str(tiny_checkpoints["bert"]),
-        calibration_data=write_squad(tmp_path / "a.json", CALIBRATION),
-        evaluation_data=write_squad(tmp_path / "b.json", (*EVALUATION, CALIBRATION[1])),
+        sources=QuestionSources(
+            write_squad(tmp_path / "a.json", CALIBRATION),
+            write_squad(tmp_path / "b.json", (*EVALUATION, CALIBRATION[1])),
+        ),
     )
     with pytest.raises(DataFileError, match="1 questions are in both"):
         build(options)
@@ -323,18 +701,17 @@ def test_only_impossible_questions(built: Built, tmp_path: Path) -> None:
     path = tmp_path / "impossible.json"
     path.write_text(json.dumps(document))
     with pytest.raises(DataFileError, match="has no answerable question"):
-        build(dataclasses.replace(built.options, evaluation_data=path))
+        build(change_options(built.options, evaluation=path))
 
 
 @pytest.mark.usefixtures("no_build")
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"recipe": "cubic"}, BuildError, "unknown recipe cubic; known are linear"),
         ({"gate": 1.5}, BuildError, "the gate is 1.5; allowed: 0"),
         ({"gate": float("nan")}, BuildError, "the gate is nan"),
-        ({"calibration_data": Path("none.json")}, DataFileError, "no such file"),
-        ({"evaluation_data": Path()}, DataFileError, "no such file"),
+        ({"calibration": Path("none.json")}, DataFileError, "no such file: none.json"),
+        ({"evaluation": Path()}, DataFileError, "no such file"),
         ({"checkpoint": "./none"}, CheckpointError, "no such checkpoint directory"),
     ],
 )
@@ -343,7 +720,7 @@ def test_options_are_checked_first(
 ) -> None:
     """A slip in the options is found before any work is done."""
     with pytest.raises(kind, match=message):
-        build(dataclasses.replace(built.options, **change))
+        build(change_options(built.options, **change))
 
 
 def test_checkpoint_that_reads_too_little(
@@ -371,15 +748,17 @@ def test_demo_is_what_nobody_chose_anything_for(tmp_path: Path) -> None:
     assert plain.is_default
     others: dict[str, Any] = {
         "checkpoint": "acme/reader",
-        "calibrator": pipeline.Calibrator("max"),
+        "recipe": dataclasses.replace(RECIPES["linear"], share_qkv=True),
+        "calibrator": Calibrator("max"),
         "smooth": False,
+        "mixed": True,
         "calibration_limit": 10,
-        "calibration_data": tmp_path / "mine.json",
-        "evaluation_data": tmp_path / "mine.json",
+        "calibration": tmp_path / "mine.json",
+        "evaluation": tmp_path / "mine.json",
         "gate": 0.5,
     }
     for name, value in others.items():
-        assert not dataclasses.replace(plain, **{name: value}).is_default, name
+        assert not change_options(plain, **{name: value}).is_default, name
 
 
 @pytest.mark.parametrize(
@@ -402,8 +781,8 @@ def test_demo_is_known_by_its_mark(tmp_path: Path, manifest: Any, demo: bool) ->
 
 def test_own_questions_are_default() -> None:
     """The defaults are the project's questions, told apart from a user's file."""
-    options = BuildOptions()
-    assert options.calibration_data == questions_file("calibration")
-    assert pipeline._data_name(options.evaluation_data, "evaluation") == "own"
+    sources = BuildOptions().sources
+    assert sources.calibration == questions_file("calibration")
+    assert data_name(sources.evaluation, "evaluation") == "own"
     # The evaluation file as calibration data is a choice, not the default.
-    assert pipeline._data_name(options.evaluation_data, "calibration") != "own"
+    assert data_name(sources.evaluation, "calibration") != "own"

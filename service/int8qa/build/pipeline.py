@@ -11,7 +11,6 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata, resources
 from pathlib import Path
@@ -22,32 +21,32 @@ from int8qa.build.accuracy import (
     DEFAULT_GATE,
     Accuracy,
     Answers,
-    EncodedQuestion,
-    answer_questions,
     check_gate,
     compare_answers,
-    encode_questions,
+    share_equal,
 )
-from int8qa.build.calibration import Calibrator, calibrate
+from int8qa.build.calibration import Calibrator, Ranges
+from int8qa.build.census import Census, take_census
 from int8qa.build.checkpoint import (
-    Checkpoint,
     CheckpointFiles,
     demo_checkpoint_directory,
-    load_checkpoint,
     resolve_checkpoint,
 )
 from int8qa.build.engines.openvino import (
     PRECISION_HINTS,
     OpenVinoEngine,
     check_execution,
-    median_latencies,
-    save_ir,
+    compile_graph,
 )
-from int8qa.build.export import export_onnx, model_inputs, wrap_model
-from int8qa.build.graph import GraphCensus, clean_graph, take_census
+from int8qa.build.export import export_onnx, wrap_model
+from int8qa.build.graph import clean_graph
+from int8qa.build.latency import medians, time_engines
+from int8qa.build.mixed import MixedPlan, MixedStep, find_mixed_plan, rank_units
 from int8qa.build.parity import COMPILE, EXPORT, HALF, check_parity
-from int8qa.build.quantization import RECIPES, insert_quantizers
-from int8qa.build.report import BuildProgress, write_verdict
+from int8qa.build.quantization import RECIPES, Plan, Recipe
+from int8qa.build.quantized import QuantizedReader
+from int8qa.build.range_search import LogitProbe
+from int8qa.build.report import BuildProgress
 from int8qa.build.repository import (
     StagedRepository,
     find_current,
@@ -55,38 +54,28 @@ from int8qa.build.repository import (
     read_manifest,
     stage_repository,
 )
-from int8qa.build.smoothing import smooth_activations
+from int8qa.build.subject import QuestionSources, data_name, load_subject
 from int8qa.build.triton_config import openvino_model_config
+from int8qa.build.verdict import Verdict, write_verdict
 from int8qa.contract import (
     TOKENIZER_FILENAME,
     Contract,
     ModelRecord,
     Precision,
 )
-from int8qa.errors import (
-    BuildError,
-    CheckpointError,
-    DataFileError,
-    MissingDependencyError,
-)
-from int8qa.reader.squad import SquadQuestion, load_questions
-from int8qa.reader.tokenizer import ReaderTokenizer
-from int8qa.reader.windows import DOC_STRIDE_TOKENS, MAX_WINDOW_TOKENS
+from int8qa.errors import BuildError, MissingDependencyError
 
 if TYPE_CHECKING:
     import onnx
 
-MANIFEST_VERSION = 1
-BUCKET_STEP = 32
-"""Padded lengths are multiples of this. OpenVINO compiles primitives for each new
-shape: with raw lengths INT8 ran at 19 questions/s, rounded up to 32 at 65."""
+    from int8qa.build.projection import QuantizedGraph
+
+MANIFEST_VERSION = 2
 BATCH_SIZES = (1, 2, 4, 8)
 MAX_BATCH_TOKENS = 1024
 """A CPU gains nothing from larger batches: its cores are full, and they only wait."""
 LATENCY_SHAPES = ((1, 128), (1, 384), (8, 128))
-CALIBRATION_WINDOWS = 128
-"""Most windows used, evenly spaced over the calibration questions. Ranges settle
-early, and each window costs a float inference and a histogram per tensor."""
+LATENCY_BUDGET_S = 1.0
 PARITY_QUESTIONS = 16
 """Questions the export parity is measured on; the engines get all of them."""
 _VERSIONED = ("torch", "transformers", "nvidia-modelopt", "onnx", "openvino")
@@ -103,12 +92,6 @@ _CPU_FLAGS = (
 )
 
 
-def questions_file(split: str) -> Path:
-    """The project's own questions: ``calibration`` or ``evaluation``."""
-    root = Path(str(resources.files("int8qa")))
-    return root / "data" / "questions" / f"{split}.json"
-
-
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
     """Everything a build depends on besides the code and the machine."""
@@ -116,18 +99,14 @@ class BuildOptions:
     model_repository: Path = Path("model_repository")
     checkpoint: str = field(default_factory=lambda: str(demo_checkpoint_directory()))
     revision: str | None = None
-    recipe: str = "linear"
+    recipe: Recipe = RECIPES["linear"]
     calibrator: Calibrator = field(default_factory=Calibrator)
-    calibration_data: Path = field(
-        default_factory=lambda: questions_file("calibration")
-    )
-    evaluation_data: Path = field(default_factory=lambda: questions_file("evaluation"))
-    calibration_limit: int | None = None
-    """Questions used for calibration; all by default."""
+    sources: QuestionSources = field(default_factory=QuestionSources)
     smooth: bool = True
     """SmoothQuant before calibration; see smoothing.py."""
-    evaluation_limit: int | None = None
     gate: float = DEFAULT_GATE
+    mixed: bool = False
+    """Leave the most sensitive kernels in float until the gate is reached."""
     force: bool = False
     """Rebuild even if the repository is current."""
 
@@ -166,7 +145,7 @@ def build_repository(
         if current is not None:
             manifest = read_manifest(options.model_repository)
             return BuildOutcome(current, manifest, cached=True)
-    progress = progress or BuildProgress(stages=11 if options.smooth else 10)
+    progress = progress or BuildProgress(stages=count_stages(options))
     with stage_repository(options.model_repository) as staged:
         builder = _Build(options, files, staged, progress)
         contract, manifest = builder.run(build_id)
@@ -187,66 +166,89 @@ def is_demo(repository: Path) -> bool:
         return False
 
 
+def count_stages(options: BuildOptions) -> int:
+    """Stages of a build, for its progress."""
+    search = options.calibrator.method == "search"
+    return 10 + options.smooth + search + options.mixed
+
+
 def _choices(options: BuildOptions, files: CheckpointFiles) -> dict[str, Any]:
     """What a user chose, apart from what the files and the machine made of it."""
+    sources = options.sources
     return {
         "checkpoint": files.name,
-        "recipe": options.recipe,
+        "recipe": describe_recipe(options.recipe),
         "calibrator": options.calibrator.name,
         "smooth": options.smooth,
-        "calibration_limit": options.calibration_limit,
-        "calibration_data": _data_name(options.calibration_data, "calibration"),
-        "evaluation_limit": options.evaluation_limit,
-        "evaluation_data": _data_name(options.evaluation_data, "evaluation"),
+        "mixed": options.mixed,
+        "calibration_limit": sources.calibration_limit,
+        "calibration_data": data_name(sources.calibration, "calibration"),
+        "evaluation_limit": sources.evaluation_limit,
+        "evaluation_data": data_name(sources.evaluation, "evaluation"),
         "gate": options.gate,
         "target": "openvino",
     }
 
 
-def _data_name(path: Path, split: str) -> str:
-    """``own`` for the project's questions, else the file's name."""
-    own = questions_file(split)
-    return "own" if path.resolve() == own.resolve() else path.name
+def describe_recipe(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as the manifest keeps it."""
+    return {
+        "name": recipe.name,
+        "weights": "per-channel" if recipe.per_channel else "per-tensor",
+        "share_qkv": recipe.share_qkv,
+        "rules": [
+            {
+                "subject": rule.subject,
+                "enable": rule.enable,
+                "per_channel": rule.per_channel,
+            }
+            for rule in recipe.rules
+        ],
+    }
 
 
 def _check_options(options: BuildOptions) -> None:
-    if options.recipe not in RECIPES:
-        raise BuildError(
-            f"unknown recipe {options.recipe}; known are {', '.join(RECIPES)}"
-        )
     if not 0.0 <= options.gate <= 1.0:
         raise BuildError(
             f"the gate is {options.gate}; allowed: 0 (off) to 1, a share of FP32's F1"
         )
-    for path in (options.calibration_data, options.evaluation_data):
-        if not path.is_file():
-            raise DataFileError(f"no such file: {path}; give a SQuAD-format JSON file")
+    options.sources.check()
 
 
 def _identify(
     options: BuildOptions, files: CheckpointFiles
 ) -> tuple[str, dict[str, Any]]:
     """Hash over all that shapes the outcome, and the parts by name."""
-    versions = {"int8qa": __version__}
+    versions = read_versions()
+    identity = {
+        **_choices(options, files),
+        "manifest_version": MANIFEST_VERSION,
+        "checkpoint_sha256": files.sha256,
+        "calibration_sha256": hash_file(options.sources.calibration),
+        "evaluation_sha256": hash_file(options.sources.evaluation),
+        "versions": versions,
+        "code_sha256": _hash_code(),
+        "machine": f"{platform.machine()} {' '.join(cpu_features())}",
+    }
+    text = json.dumps(identity, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest(), identity
+
+
+def read_versions() -> dict[str, str]:
+    """Versions of what shapes a build.
+
+    Raises:
+        MissingDependencyError: one of them is not installed.
+    """
     try:
-        versions |= {package: metadata.version(package) for package in _VERSIONED}
+        return {"int8qa": __version__} | {
+            package: metadata.version(package) for package in _VERSIONED
+        }
     except metadata.PackageNotFoundError as error:
         raise MissingDependencyError(
             f"the build stage needs {error.name}: run `make install` in the checkout, "
             f"or pip install -e '.[build,cpu]'"
         ) from error
-    identity = {
-        **_choices(options, files),
-        "manifest_version": MANIFEST_VERSION,
-        "checkpoint_sha256": files.sha256,
-        "calibration_sha256": hash_file(options.calibration_data),
-        "evaluation_sha256": hash_file(options.evaluation_data),
-        "versions": versions,
-        "code_sha256": _hash_code(),
-        "machine": f"{platform.machine()} {' '.join(_cpu_features())}",
-    }
-    text = json.dumps(identity, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest(), identity
 
 
 def _hash_code() -> str:
@@ -260,7 +262,7 @@ def _hash_code() -> str:
     return digest.hexdigest()
 
 
-def _cpu_features() -> list[str]:
+def cpu_features() -> list[str]:
     """The instruction sets that decide which kernels run (Linux; else none)."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -287,59 +289,78 @@ class _Build:
         self.staged = staged
         self.progress = progress
         self.remarks: list[str] = []
+        self.engines: dict[Precision, OpenVinoEngine] = {}
+        self.sizes: dict[Precision, int] = {}
 
     def run(self, build_id: str) -> tuple[Contract, dict[str, Any]]:
         with self.progress.stage(f"load {self.files.name}"):
-            checkpoint = load_checkpoint(self.files)
-            self._prepare(checkpoint)
-        reader = wrap_model(checkpoint.model)
+            subject = load_subject(
+                self.files,
+                self.options.sources,
+                self.staged.directory / TOKENIZER_FILENAME,
+            )
+        self.subject = subject
+        reader = wrap_model(subject.checkpoint.model)
         with self.progress.stage("export to ONNX"):
-            float_graph = clean_graph(export_onnx(reader, self.inputs))
+            float_graph = clean_graph(export_onnx(reader, subject.inputs))
         with self.progress.stage("hold ONNX to torch"):
             torch_answers, deviation = self._hold_export(reader, float_graph)
-        alphas, ranges = self._quantize(checkpoint, reader)
+        quantized, ranges, alphas = self._quantize(reader)
         with self.progress.stage("export Q/DQ to ONNX"):
-            quantized_graph = clean_graph(export_onnx(reader, self.inputs))
-            census = take_census(quantized_graph)
-        graphs = {
-            Precision.FP32: float_graph,
-            Precision.FP16: float_graph,
-            Precision.INT8: quantized_graph,
-        }
+            exported = quantized.export(ranges)
         with self.progress.stage("compile for OpenVINO"):
-            engines, sizes = self._compile(graphs, census)
-        accuracies, deviations = self._hold_engines(engines, torch_answers)
-        with self.progress.stage("time the engines"):
-            shapes = dict.fromkeys(
-                (batch, min(length, self.max_window_tokens))
-                for batch, length in LATENCY_SHAPES
+            self._compile(Precision.FP32, float_graph)
+            self._compile(Precision.FP16, float_graph)
+            census = self._compile_int8(exported, quantized, quantized.plan, ranges)
+        answers, deviations = self._hold_engines(torch_answers)
+        accuracies = {
+            precision: compare_answers(
+                answers[Precision.FP32], found, subject.questions
             )
-            latency_ms = median_latencies(engines, list(shapes), self.inputs)
+            for precision, found in answers.items()
+        }
+        infers = {str(name): engine.infer for name, engine in self.engines.items()}
+        mixed: MixedPlan | None = None
+        if self.options.mixed:
+            mixed, answers[Precision.INT8] = self._mix(
+                quantized, exported, ranges, answers, accuracies
+            )
+            accuracies[Precision.INT8] = mixed.accuracy
+            if mixed.moved:
+                census = self._compile_int8(exported, quantized, mixed.plan, ranges)
+                infers["pure int8"] = infers["int8"]
+                infers["int8"] = self.engines[Precision.INT8].infer
+        with self.progress.stage("time the engines"):
+            latencies = time_engines(
+                infers,
+                list(
+                    dict.fromkeys(
+                        (batch, min(length, subject.max_window_tokens))
+                        for batch, length in LATENCY_SHAPES
+                    )
+                ),
+                subject.inputs,
+                budget_s=LATENCY_BUDGET_S,
+            )
+        plan = quantized.plan if mixed is None else mixed.plan
         int8 = accuracies[Precision.INT8]
-        recommended, verdict = write_verdict(
-            latency_ms, int8.f1_ratio, int8.f1_ratio_margin
+        self.remarks += check_gate(
+            int8, gate=self.options.gate, advice=list_advice(self.options)
         )
-        self.remarks += check_gate(int8, gate=self.options.gate)
+        latency_ms = medians(latencies)
+        verdict = write_verdict(
+            latency_ms,
+            {str(name): accuracy for name, accuracy in accuracies.items()},
+            recipe=self.options.recipe.name,
+            calibrator=self.options.calibrator.name,
+            device=self.engines[Precision.INT8].execution.device,
+            gate=self.options.gate,
+        )
         with self.progress.stage("write the model repository"):
             self._write_models()
-        models = {
-            precision: ModelRecord(
-                name=precision.model_name,
-                engine="openvino",
-                calibrator=(
-                    self.options.calibrator.name
-                    if precision is Precision.INT8
-                    else "none"
-                ),
-                recipe=(self.options.recipe if precision is Precision.INT8 else "none"),
-                f1=round(accuracies[precision].f1, 3),
-                exact_match=round(accuracies[precision].exact_match, 3),
-                size_bytes=sizes[precision],
-                execution=engines[precision].execution.summary,
-            )
-            for precision in (Precision.INT8, Precision.FP16, Precision.FP32)
-        }
-        contract = self._contract(build_id, models, checkpoint, verdict)
+        models = self._model_records(accuracies)
+        contract = self._contract(build_id, models, verdict)
+        execution = self.engines[Precision.INT8].execution
         manifest = {
             "manifest_version": MANIFEST_VERSION,
             "build_id": build_id,
@@ -347,115 +368,74 @@ class _Build:
             "int8qa": __version__,
             "built_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "checkpoint": {"name": self.files.name, "sha256": self.files.sha256},
-            "device": engines[Precision.INT8].execution.device,
-            "capabilities": list(engines[Precision.INT8].execution.capabilities),
-            "recipe": self.options.recipe,
+            "device": execution.device,
+            "capabilities": list(execution.capabilities),
+            "recipe": describe_recipe(self.options.recipe),
             "calibrator": self.options.calibrator.name,
-            "calibration_questions": len(self.calibration),
-            "calibration_windows": self.calibration_windows,
-            "evaluation_questions": len(self.evaluation),
+            "gate": self.options.gate,
+            "calibration_questions": len(subject.calibration),
+            "calibration_windows": len(quantized.windows),
+            "evaluation_questions": len(subject.evaluation),
             "max_logit_deviation": {EXPORT.conversion: deviation, **deviations},
             "census": asdict(census),
             "smoothing_alpha": alphas,
-            "activation_amax": ranges,
+            "activation_amax": {
+                site.name: ranges[site.name] for site in plan.activations
+            },
+            "searched": quantized.chosen,
+            "mixed": _describe_mixed(mixed, latency_ms),
             "models": {
                 str(precision): {
-                    "accuracy": asdict(accuracies[precision]),
+                    "accuracy": asdict(accuracies[precision])
+                    | {
+                        "agreement_fp16": share_equal(
+                            answers[precision], answers[Precision.FP16]
+                        )
+                    },
                     "execution": record.execution,
-                    "gemms": engines[precision].execution.gemms,
+                    "gemms": self.engines[precision].execution.gemms,
+                    "attentions": self.engines[precision].execution.attentions,
                     "size_bytes": record.size_bytes,
                 }
                 for precision, record in models.items()
             },
             "latency_ms": latency_ms,
-            "recommended": recommended,
-            "verdict": verdict,
+            "latency": {
+                shape: {name: asdict(latency) for name, latency in by_name.items()}
+                for shape, by_name in latencies.items()
+            },
+            "recommended": verdict.recommended,
+            "verdict": verdict.text,
             "remarks": self.remarks,
         }
         return contract, manifest
 
     def _quantize(
-        self, checkpoint: Checkpoint, reader: Any
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        """Quantizers into the model: smoothing strengths and ``amax`` by tensor."""
+        self, reader: Any
+    ) -> tuple[QuantizedReader, Ranges, dict[str, float]]:
+        """Quantizers into the model: ranges by site, smoothing strengths by GEMM."""
         options = self.options
-        windows = [window for item in self.calibration for window in item.windows]
-        windows = windows[:: -(-len(windows) // CALIBRATION_WINDOWS)]
-        self.calibration_windows = len(windows)
-        insert_quantizers(checkpoint.model, RECIPES[options.recipe])
+        windows = self.subject.calibration_windows
+        quantized = QuantizedReader(
+            reader, windows, self.subject.inputs, [options.recipe]
+        )
         alphas: dict[str, float] = {}
         if options.smooth:
             with self.progress.stage("smooth outliers", steps=len(windows)) as tick:
-                alphas = smooth_activations(
-                    reader,
-                    windows,
-                    self.inputs,
-                    keep=options.calibrator.kept_share,
-                    on_window=tick,
-                )
+                alphas = quantized.smooth(options.calibrator, tick)
         with self.progress.stage(
-            f"calibrate ({options.recipe}, {options.calibrator.name})",
+            f"calibrate ({options.recipe.name}, {options.calibrator.name})",
             steps=len(windows),
         ) as tick:
-            ranges = calibrate(
-                reader, windows, options.calibrator, self.inputs, on_window=tick
-            )
-        return alphas, ranges
-
-    def _prepare(self, checkpoint: Checkpoint) -> None:
-        self.inputs = model_inputs(takes_token_types=checkpoint.takes_token_types)
-        self.max_window_tokens = min(MAX_WINDOW_TOKENS, checkpoint.max_positions)
-        self.buckets = tuple(
-            range(BUCKET_STEP, self.max_window_tokens + 1, BUCKET_STEP)
-        )
-        if not self.buckets:
-            raise CheckpointError(
-                f"{self.files.name} reads at most {checkpoint.max_positions} tokens; "
-                f"at least {BUCKET_STEP} are needed"
-            )
-        self.max_window_tokens = self.buckets[-1]
-        self.pad_token_id = checkpoint.pad_token_id
-        tokenizer_path = self.staged.directory / TOKENIZER_FILENAME
-        tokenizer_path.write_bytes(checkpoint.tokenizer_json)
-        self.tokenizer = ReaderTokenizer.from_file(tokenizer_path)
-        self.calibration = self._encode(
-            self.options.calibration_data, self.options.calibration_limit
-        )
-        self.evaluation = self._encode(
-            self.options.evaluation_data, self.options.evaluation_limit
-        )
-        self.sample = self.evaluation[:PARITY_QUESTIONS]
-        shared = {_key(item.question) for item in self.calibration} & {
-            _key(item.question) for item in self.evaluation
-        }
-        if shared:
-            raise DataFileError(
-                f"{len(shared)} questions are in both the calibration and the "
-                f"evaluation data; the accuracy measured would be too good. Split them"
-            )
-
-    def _encode(self, path: Path, limit: int | None) -> list[EncodedQuestion]:
-        questions = [q for q in load_questions(path) if not q.is_impossible]
-        if not questions:
-            raise DataFileError(f"{path} has no answerable question")
-        return encode_questions(
-            self.tokenizer,
-            questions[:limit],
-            max_window_tokens=self.max_window_tokens,
-            doc_stride=min(DOC_STRIDE_TOKENS, self.max_window_tokens // 2),
-        )
-
-    def _answer(
-        self, infer: Any, encoded: Sequence[EncodedQuestion], tick: Any
-    ) -> Answers:
-        return answer_questions(
-            infer,
-            encoded,
-            self.inputs,
-            bucket_for=lambda size: next(b for b in self.buckets if b >= size),
-            pad_token_id=self.pad_token_id,
-            on_question=tick,
-        )
+            quantized.collect(tick)
+            if options.calibrator.method != "search":
+                ranges = quantized.choose(options.calibrator)
+        if options.calibrator.method == "search":
+            with self.progress.stage(
+                "search ranges by logit error", steps=quantized.count_tensors()
+            ) as tick:
+                ranges = quantized.choose(options.calibrator, on_tensor=tick)
+        return quantized, ranges, alphas
 
     def _hold_export(
         self, reader: Any, graph: onnx.ModelProto
@@ -469,66 +449,146 @@ class _Build:
         session = onnxruntime.InferenceSession(
             graph.SerializeToString(), providers=["CPUExecutionProvider"]
         )
+        inputs = self.subject.inputs
 
         def run_torch(feed: Any) -> Any:
             with torch.no_grad():
-                start, end = reader(*(torch.from_numpy(feed[n]) for n in self.inputs))
+                start, end = reader(*(torch.from_numpy(feed[n]) for n in inputs))
             return start.numpy(), end.numpy()
 
         def run_onnx(feed: Any) -> Any:
             return tuple(session.run(None, dict(feed)))
 
-        expected = self._answer(run_torch, self.sample, lambda: None)
-        found = self._answer(run_onnx, self.sample, lambda: None)
-        return expected, check_parity(EXPORT, expected, found, _bare(self.sample))
+        sample = self.subject.evaluation[:PARITY_QUESTIONS]
+        expected = self.subject.answer(run_torch, sample)
+        found = self.subject.answer(run_onnx, sample)
+        questions = [item.question for item in sample]
+        return expected, check_parity(EXPORT, expected, found, questions)
+
+    def _compile(self, precision: Precision, graph: onnx.ModelProto) -> None:
+        directory = self.staged.model_directory(precision.model_name)
+        self.engines[precision], self.sizes[precision] = compile_graph(
+            graph, directory, precision
+        )
+
+    def _compile_int8(
+        self,
+        exported: QuantizedGraph,
+        quantized: QuantizedReader,
+        plan: Plan,
+        ranges: Ranges,
+    ) -> Census:
+        """The INT8 engine of ``plan``, its graph verified first."""
+        graph = exported.project(plan, ranges)
+        census = take_census(graph, plan, quantized.sites, ranges)
+        self._compile(Precision.INT8, graph)
+        for precision, engine in self.engines.items():
+            remarks = check_execution(
+                engine.execution, precision, quantized_gemms=plan.quantized_gemms
+            )
+            self.remarks += [text for text in remarks if text not in self.remarks]
+        return census
 
     def _hold_engines(
-        self, engines: dict[Precision, OpenVinoEngine], torch_answers: Answers
-    ) -> tuple[dict[Precision, Accuracy], dict[str, float]]:
-        """Every engine's accuracy against FP32, and the deviations of the floats."""
+        self, torch_answers: Answers
+    ) -> tuple[dict[Precision, Answers], dict[str, float]]:
+        """Every engine's answers, and the deviations of the floats."""
+        subject = self.subject
+        sample = subject.evaluation[:PARITY_QUESTIONS]
         with self.progress.stage("hold engines to torch"):
-            compiled = self._answer(
-                engines[Precision.FP32].infer, self.sample, lambda: None
-            )
+            compiled = subject.answer(self.engines[Precision.FP32].infer, sample)
+            questions = [item.question for item in sample]
             deviations = {
                 COMPILE.conversion: check_parity(
-                    COMPILE, torch_answers, compiled, _bare(self.sample)
+                    COMPILE, torch_answers, compiled, questions
                 )
             }
         with self.progress.stage(
             "answer the evaluation questions",
-            steps=len(engines) * len(self.evaluation),
+            steps=len(self.engines) * len(subject.evaluation),
         ) as tick:
             answers = {
-                precision: self._answer(engine.infer, self.evaluation, tick)
-                for precision, engine in engines.items()
+                precision: subject.answer(engine.infer, on_question=tick)
+                for precision, engine in self.engines.items()
             }
-        questions = _bare(self.evaluation)
-        reference = answers[Precision.FP32]
         deviations[HALF.conversion] = check_parity(
-            HALF, reference, answers[Precision.FP16], questions
+            HALF,
+            answers[Precision.FP32],
+            answers[Precision.FP16],
+            subject.questions,
         )
-        accuracies = {
-            precision: compare_answers(reference, found, questions)
-            for precision, found in answers.items()
-        }
-        return accuracies, deviations
+        return answers, deviations
 
-    def _compile(
-        self, graphs: dict[Precision, onnx.ModelProto], census: GraphCensus
-    ) -> tuple[dict[Precision, OpenVinoEngine], dict[Precision, int]]:
-        engines: dict[Precision, OpenVinoEngine] = {}
-        sizes: dict[Precision, int] = {}
-        for precision, graph in graphs.items():
-            directory = self.staged.model_directory(precision.model_name)
-            path, sizes[precision] = save_ir(graph, directory, precision)
-            engines[precision] = OpenVinoEngine(path, precision)
-            self.remarks += check_execution(
-                engines[precision].execution,
-                precision,
-                quantized_gemms=census.quantized_matmuls,
+    def _mix(
+        self,
+        quantized: QuantizedReader,
+        exported: QuantizedGraph,
+        ranges: Ranges,
+        answers: dict[Precision, Answers],
+        accuracies: dict[Precision, Accuracy],
+    ) -> tuple[MixedPlan, Answers]:
+        """Kernels back to float until the gate is reached, and what it then answers."""
+        subject, gate = self.subject, self.options.gate
+        scratch = self.staged.directory / "mixed"
+        by_plan = {quantized.plan.names: answers[Precision.INT8]}
+
+        def measure(plan: Plan) -> Accuracy:
+            scratch.mkdir(exist_ok=True)
+            try:
+                engine, _ = compile_graph(
+                    exported.project(plan, ranges), scratch, Precision.INT8
+                )
+                found = subject.answer(engine.infer)
+            finally:
+                shutil.rmtree(scratch)
+            by_plan[plan.names] = found
+            return compare_answers(answers[Precision.FP32], found, subject.questions)
+
+        def tell(step: MixedStep) -> None:
+            self.progress.say(
+                f"      {step.units_in_float} units in float, the last {step.added}: "
+                f"{100 * step.f1_ratio:.2f} % of FP32's F1"
             )
-        return engines, sizes
+
+        with self.progress.stage("mix precisions"):
+            start = accuracies[Precision.INT8]
+            if start.f1_ratio >= gate:
+                return MixedPlan(quantized.plan, (), start, ()), answers[Precision.INT8]
+            probe = LogitProbe(
+                quantized.reader, quantized.windows, quantized.plan, subject.inputs
+            )
+            ranked = rank_units(probe, quantized.plan, ranges)
+            mixed = find_mixed_plan(
+                quantized.plan,
+                [unit for unit, _ in ranked],
+                measure,
+                gate=gate,
+                start=start,
+                on_step=tell,
+            )
+            return mixed, by_plan[mixed.plan.names]
+
+    def _model_records(
+        self, accuracies: dict[Precision, Accuracy]
+    ) -> dict[Precision, ModelRecord]:
+        def record(precision: Precision) -> ModelRecord:
+            int8 = precision is Precision.INT8
+            recipe = self.options.recipe.name + ("+mixed" if self.options.mixed else "")
+            return ModelRecord(
+                name=precision.model_name,
+                engine="openvino",
+                calibrator=self.options.calibrator.name if int8 else "none",
+                recipe=recipe if int8 else "none",
+                f1=round(accuracies[precision].f1, 3),
+                exact_match=round(accuracies[precision].exact_match, 3),
+                size_bytes=self.sizes[precision],
+                execution=self.engines[precision].execution.summary,
+            )
+
+        return {
+            precision: record(precision)
+            for precision in (Precision.INT8, Precision.FP16, Precision.FP32)
+        }
 
     def _write_models(self) -> None:
         source = Path(str(resources.files("int8qa.build.engines")))
@@ -539,8 +599,8 @@ class _Build:
                 precision.model_name,
                 openvino_model_config(
                     precision,
-                    inputs=self.inputs,
-                    sequence_buckets=self.buckets,
+                    inputs=self.subject.inputs,
+                    sequence_buckets=self.subject.buckets,
                     batch_sizes=BATCH_SIZES,
                     inference_precision_hint=PRECISION_HINTS[precision],
                 ),
@@ -550,27 +610,56 @@ class _Build:
         self,
         build_id: str,
         models: dict[Precision, ModelRecord],
-        checkpoint: Checkpoint,
-        verdict: str,
+        verdict: Verdict,
     ) -> Contract:
+        subject = self.subject
         return Contract(
             build_id=build_id,
             checkpoint=self.files.name,
-            tokenizer_sha256=self.tokenizer.fingerprint,
-            pad_token_id=checkpoint.pad_token_id,
-            inputs=self.inputs,
-            max_window_tokens=self.max_window_tokens,
-            sequence_buckets=self.buckets,
+            tokenizer_sha256=subject.tokenizer.fingerprint,
+            pad_token_id=subject.checkpoint.pad_token_id,
+            inputs=subject.inputs,
+            max_window_tokens=subject.max_window_tokens,
+            sequence_buckets=subject.buckets,
             batch_sizes=BATCH_SIZES,
             max_batch_tokens=MAX_BATCH_TOKENS,
             models=models,
-            verdict=verdict,
+            recommended=Precision(verdict.recommended),
+            verdict=verdict.text,
         )
 
 
-def _bare(encoded: Sequence[EncodedQuestion]) -> list[SquadQuestion]:
-    return [item.question for item in encoded]
+def list_advice(options: BuildOptions) -> list[str]:
+    """What to try when INT8 loses too much, the most promising first."""
+    advice = []
+    if options.recipe.name == "full":
+        advice.append("--recipe linear keeps attention and residual adds in float")
+    if not options.smooth:
+        advice.append("--smooth moves outlier channels into the weights")
+    if options.calibrator.method != "search":
+        advice.append("--calibrator search chooses each range by its logit error")
+    if not options.recipe.per_channel:
+        advice.append("--weights per-channel")
+    if not options.mixed:
+        advice.append("--mixed leaves the most sensitive kernels in float")
+    advice.append("calibrate on text of your own (--calibration-data)")
+    advice.append("`int8qa sensitivity` shows which tensors cost what")
+    return advice
 
 
-def _key(question: SquadQuestion) -> tuple[str, str]:
-    return question.question, question.context
+def _describe_mixed(
+    mixed: MixedPlan | None, latency_ms: dict[str, dict[str, float]]
+) -> dict[str, Any] | None:
+    """What runs in float and what that costs, for the manifest."""
+    if mixed is None:
+        return None
+    speed = {
+        shape: round(by_name["pure int8"] / by_name["int8"], 3)
+        for shape, by_name in latency_ms.items()
+        if "pure int8" in by_name
+    }
+    return {
+        "moved": list(mixed.moved),
+        "speed_of_pure_int8": speed,
+        "steps": [asdict(step) for step in mixed.steps],
+    }

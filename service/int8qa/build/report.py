@@ -7,11 +7,14 @@ In: the stages of a build and its manifest. Out: lines on standard error, so tha
 from __future__ import annotations
 
 import contextlib
+import math
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -78,7 +81,7 @@ def show_manifest(manifest: dict[str, Any], *, console: Console | None = None) -
     """The closing tables of a build, from its manifest."""
     console = console or Console(stderr=True, highlight=False)
     accuracies = Table(
-        title=f"{manifest['checkpoint']['name']} on {manifest['device']}",
+        title=escape(f"{manifest['checkpoint']['name']} on {manifest['device']}"),
         title_justify="left",
     )
     accuracies.add_column("precision")
@@ -110,52 +113,132 @@ def show_manifest(manifest: dict[str, Any], *, console: Console | None = None) -
     console.print(accuracies, engines)
     for remark in manifest["remarks"]:
         console.print(f"note: {remark}", markup=False, soft_wrap=True)
-    console.print(manifest["verdict"], markup=False, soft_wrap=True)
+    console.print(f"Verdict: {manifest['verdict']}", markup=False, soft_wrap=True)
 
 
-def write_verdict(
-    latency_ms: dict[str, dict[str, float]], int8_ratio: float, margin: float
-) -> tuple[str, str]:
-    """One sentence: is INT8 worth it here?
-
-    Args:
-        latency_ms: median milliseconds by shape and precision.
-        int8_ratio: share of float32's F1 that INT8 keeps, 0-1.
-        margin: what chance may add to or take from it.
-
-    Returns:
-        The recommended precision and the sentence. INT8 is held against the best
-        float: a CPU may run FP16 slower than FP32.
-    """
-    parts = []
-    gains = []
-    for shape, by_precision in latency_ms.items():
-        floats = {k: v for k, v in by_precision.items() if k != "int8"}
-        best = min(floats, key=lambda name: floats[name])
-        gain = floats[best] / by_precision["int8"]
-        against_fp16 = by_precision["fp16"] / by_precision["int8"]
-        gains.append(gain)
-        rival = "" if best == "fp16" else f", {gain:.2f} × {best.upper()}"
-        parts.append(f"{shape} {against_fp16:.2f} × FP16{rival}")
-    worth = min(gains) > 1.0
-    recommended = "int8" if worth else _best_float(latency_ms)
-    opening = (
-        "INT8 is faster than every float here"
-        if worth
-        else "INT8 does not pay at every shape here"
+def show_comparison(
+    result: Mapping[str, Any], *, console: Console | None = None
+) -> None:
+    """Every variant of a comparison, floats first, in one table."""
+    console = console or _wide_console()
+    provenance = result["provenance"]
+    table = Table(
+        title=escape(
+            f"{provenance['checkpoint']} on {provenance['device']}: "
+            f"{provenance['questions']} questions of {provenance['data']}"
+        ),
+        title_justify="left",
     )
-    sentence = (
-        f"Verdict: {opening} (speed of INT8: {'; '.join(parts)}) and keeps "
-        f"{describe_share(int8_ratio, margin)} of FP32's F1; recommended: "
-        f"{recommended}."
+    table.add_column("recipe")
+    table.add_column("calibrator")
+    for heading in ("F1", "EM", "of FP32's F1", "same as FP16", "RMS |Δ|"):
+        table.add_column(heading, justify="right")
+    shapes = list(next(iter(result["floats"].values()))["latency_ms"])
+    for shape in shapes:
+        table.add_column(f"{shape} ms", justify="right")
+    table.add_column("× FP16", justify="right")
+    table.add_column("MB", justify="right")
+    table.add_column("gate")
+    fp16 = result["floats"]["fp16"]
+    for name, entry in result["floats"].items():
+        gains = [
+            fp16["latency_ms"][s]["p50"] / entry["latency_ms"][s]["p50"] for s in shapes
+        ]
+        table.add_row(
+            name,
+            f"({entry['execution']})",
+            f"{entry['f1']:.2f}",
+            f"{entry['exact_match']:.2f}",
+            f"{100 * entry['f1_ratio']:.2f} %",
+            "",
+            f"{entry['rms_logit_error']:.3f}",
+            *(f"{entry['latency_ms'][shape]['p50']:.1f}" for shape in shapes),
+            f"{geometric_mean(gains):.2f}",
+            f"{entry['size_bytes'] / 1e6:.0f}",
+            "",
+        )
+    best = result["best"]
+    for entry in result["variants"]:
+        chosen = all(entry[key] == value for key, value in best.items())
+        table.add_row(
+            escape(entry["recipe"]),
+            ("→ " if chosen else "") + entry["label"],
+            f"{entry['f1']:.2f}",
+            f"{entry['exact_match']:.2f}",
+            describe_share(entry["f1_ratio"], entry["f1_ratio_margin"]),
+            f"{100 * entry['agreement_fp16']:.1f} %",
+            f"{entry['rms_logit_error']:.3f}",
+            *(f"{entry['latency_ms'][shape]['p50']:.1f}" for shape in shapes),
+            f"{geometric_mean(_gains(entry)):.2f}",
+            f"{entry['size_bytes'] / 1e6:.0f}",
+            "passes" if entry["passes_gate"] else "FAILS",
+        )
+    console.print(table)
+    if result["sensitivity"]:
+        show_sensitivity(result["sensitivity"], limit=10, console=console)
+    console.print(f"Verdict: {result['verdict']}", markup=False, soft_wrap=True)
+    console.print(f"{provenance['seconds']:.0f} s", markup=False)
+
+
+def show_sensitivity(
+    result: Mapping[str, Any],
+    *,
+    limit: int | None = None,
+    console: Console | None = None,
+) -> None:
+    """Units by what they cost alone, the worst first."""
+    console = console or _wide_console()
+    units = result["units"]
+    shown = units[:limit]
+    of = "" if len(shown) == len(units) else f", the first {len(shown)} of {len(units)}"
+    table = Table(
+        title=escape(
+            f"sensitivity of {result['recipe']} ({result['calibrator']}), "
+            f"{result['questions']} questions{of}"
+        ),
+        title_justify="left",
     )
-    return recommended, sentence
+    table.add_column("unit")
+    for group in ("only", "all but"):
+        for heading in ("RMS |Δ|", "of FP32's F1", "same"):
+            table.add_column(f"{group}: {heading}", justify="right")
+    for unit in shown:
+        cells = []
+        for key in ("only", "all_but"):
+            finding = unit[key]
+            cells += [
+                f"{finding['rms_logit_error']:.3f}",
+                f"{100 * finding['f1_ratio']:.2f} %",
+                f"{100 * finding['agreement_fp32']:.1f} %",
+            ]
+        table.add_row(unit["name"], *cells)
+    console.print(table)
 
 
-def _best_float(latency_ms: dict[str, dict[str, float]]) -> str:
-    totals: dict[str, float] = {}
-    for by_precision in latency_ms.values():
-        for name, value in by_precision.items():
-            if name != "int8":
-                totals[name] = totals.get(name, 0.0) + value
-    return min(totals, key=lambda name: totals[name])
+def show_sites(
+    rows: Sequence[Mapping[str, Any]], *, title: str, console: Console | None = None
+) -> None:
+    """Every quantizable tensor and its grid."""
+    console = console or _wide_console()
+    table = Table(title=escape(title), title_justify="left")
+    for heading in ("layer", "class", "quantizer", "grid"):
+        table.add_column(heading)
+    for row in rows:
+        layer = "" if row["layer"] is None else str(row["layer"])
+        table.add_row(layer, row["class"], row["quantizer"], row["grid"])
+    console.print(table)
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of ratios: the mean that does not care which way round they are."""
+    return math.prod(values) ** (1 / len(values))
+
+
+def _gains(variant: Mapping[str, Any]) -> list[float]:
+    """Speed against FP16, timed in turns, by shape."""
+    return [t["p50_fp16"] / t["p50"] for t in variant["latency_ms"].values()]
+
+
+def _wide_console() -> Console:
+    """Standard output; wide where nobody looks at its width."""
+    return Console(width=None if sys.stdout.isatty() else 170, highlight=False)

@@ -8,7 +8,7 @@ for the build's own measurements. The serving side is ``triton_openvino_model.py
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from int8qa.contract import END_LOGITS, START_LOGITS, Precision
+from int8qa.contract import (
+    ATTENTION_MASK,
+    END_LOGITS,
+    INPUT_IDS,
+    START_LOGITS,
+    TOKEN_TYPE_IDS,
+    Precision,
+)
 from int8qa.errors import EnginePrecisionError, ExportError, MissingDependencyError
 
 if TYPE_CHECKING:
     import onnx
 
 MODEL_FILENAME = "model.xml"
+_INPUTS = (INPUT_IDS, ATTENTION_MASK, TOKEN_TYPE_IDS)
 
 PRECISION_HINTS: dict[Precision, str] = {
     # Float parts of the INT8 graph run in half precision too, as on a GPU.
@@ -40,6 +48,8 @@ class Execution:
 
     gemms: dict[str, int]
     """GEMMs by execution type, such as ``{"i8": 36, "bf16": 1}``."""
+    attentions: dict[str, int]
+    """Fused attentions by execution type: their GEMMs are not among ``gemms``."""
     device: str
     capabilities: tuple[str, ...]
     """What OpenVINO says the CPU computes natively: INT8, FP16, BF16, FP32."""
@@ -59,6 +69,18 @@ def _import_openvino() -> Any:
             "or pip install -e '.[build,cpu]'"
         ) from error
     return openvino
+
+
+def compile_graph(
+    model: onnx.ModelProto, directory: Path, precision: Precision
+) -> tuple[OpenVinoEngine, int]:
+    """Convert and compile ``model``: the engine and the bytes of its IR.
+
+    Raises:
+        ExportError: OpenVINO cannot convert the graph.
+    """
+    path, size_bytes = save_ir(model, directory, precision)
+    return OpenVinoEngine(path, precision), size_bytes
 
 
 def save_ir(
@@ -104,23 +126,33 @@ def save_ir(
 
 
 class OpenVinoEngine:
-    """A compiled IR in this process, with the properties the server uses."""
+    """A compiled IR in this process, by default with the properties the server uses.
 
-    def __init__(self, path: Path, precision: Precision) -> None:
+    Another ``hint`` (``f32``) computes the float parts of an INT8 graph more finely, so
+    that its quantization can be compared apart from them.
+    """
+
+    def __init__(
+        self, path: Path, precision: Precision, *, hint: str | None = None
+    ) -> None:
         openvino = _import_openvino()
         core = openvino.Core()
         self._compiled = core.compile_model(
             core.read_model(path),
             "CPU",
             {
-                "INFERENCE_PRECISION_HINT": PRECISION_HINTS[precision],
+                "INFERENCE_PRECISION_HINT": hint or PRECISION_HINTS[precision],
                 "PERFORMANCE_HINT": "LATENCY",
             },
         )
         self._request = self._compiled.create_infer_request()
-        self._ports = tuple(port.any_name for port in self._compiled.inputs)
+        # A port keeps the names of idle operators behind it as well (RoBERTa's cast
+        # of its token ids), and `any_name` may be one of these.
+        names = {name for port in self._compiled.inputs for name in port.names}
+        self._inputs = tuple(name for name in _INPUTS if name in names)
         self.execution = Execution(
-            gemms=_count_gemms(self._compiled),
+            gemms=_count_layers(self._compiled, _is_gemm),
+            attentions=_count_layers(self._compiled, _is_attention),
             device=str(core.get_property("CPU", "FULL_DEVICE_NAME")),
             capabilities=tuple(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")),
         )
@@ -129,22 +161,32 @@ class OpenVinoEngine:
         self, feed: Mapping[str, npt.NDArray[np.int32]]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Start and end logits, float32 [B, S] each, for int32 inputs [B, S]."""
-        self._request.infer({name: feed[name] for name in self._ports})
+        self._request.infer({name: feed[name] for name in self._inputs})
         return (
             self._request.get_tensor(START_LOGITS).data.copy(),
             self._request.get_tensor(END_LOGITS).data.copy(),
         )
 
 
-def _count_gemms(compiled: Any) -> dict[str, int]:
+def _count_layers(compiled: Any, wanted: Callable[[Any], bool]) -> dict[str, int]:
+    """Layers of the runtime graph by the type they compute in."""
     counts: Counter[str] = Counter()
     for operation in compiled.get_runtime_model().get_ops():
         info = operation.get_rt_info()
-        if "layerType" not in info:
-            continue
-        if info["layerType"].astype(str) in _GEMM_LAYERS:
+        if "layerType" in info and wanted(info):
             counts[info["runtimePrecision"].astype(str)] += 1
     return dict(counts)
+
+
+def _is_gemm(info: Any) -> bool:
+    return info["layerType"].astype(str) in _GEMM_LAYERS
+
+
+def _is_attention(info: Any) -> bool:
+    """A fused attention: scores, softmax and context in one subgraph."""
+    return info["layerType"].astype(str) == "Subgraph" and "Softmax" in info[
+        "originalLayersNames"
+    ].astype(str)
 
 
 def check_execution(
@@ -155,7 +197,9 @@ def check_execution(
     Args:
         execution: of the compiled model.
         precision: asked for.
-        quantized_gemms: GEMMs that the Q/DQ graph feeds with INT8 on both sides.
+        quantized_gemms: GEMMs with a quantized weight and a quantized input.
+            Attention's own GEMMs run inside OpenVINO's fused attention and are not
+            counted by it.
 
     Returns:
         Remarks for the report: what this CPU cannot do and what ran instead.
@@ -185,39 +229,3 @@ def check_execution(
     return [
         f"{execution.device} has no f16 kernels; OpenVINO runs the FP16 model in {ran}"
     ]
-
-
-def median_latencies(
-    engines: Mapping[Precision, OpenVinoEngine],
-    shapes: Sequence[tuple[int, int]],
-    inputs: Sequence[str],
-    *,
-    repeats: int = 7,
-    warm_ups: int = 2,
-) -> dict[str, dict[str, float]]:
-    """Median milliseconds by ``"BxS"`` and precision, engines taking turns.
-
-    Turns, not blocks: whatever else the machine does then hits all engines alike.
-    """
-    import time
-
-    rng = np.random.default_rng(0)
-    table: dict[str, dict[str, float]] = {}
-    for batch, length in shapes:
-        ids = rng.integers(5, 1000, (batch, length), dtype=np.int32)
-        feed = {name: np.ones_like(ids) for name in inputs}
-        feed["input_ids"] = ids
-        if "token_type_ids" in feed:
-            feed["token_type_ids"] = np.zeros_like(ids)
-        times: dict[Precision, list[float]] = {name: [] for name in engines}
-        for turn in range(warm_ups + repeats):
-            for name, engine in engines.items():
-                begin = time.perf_counter()
-                engine.infer(feed)
-                if turn >= warm_ups:
-                    times[name].append(1e3 * (time.perf_counter() - begin))
-        table[f"{batch}x{length}"] = {
-            str(name): round(float(np.median(values)), 3)
-            for name, values in times.items()
-        }
-    return table
