@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ import pytest
 import structlog
 
 from int8qa import __version__, cli, errors
-from int8qa.contract import Precision
 from tests.stub_gateway import Reply, answer_reply, problem_reply, run_gateway
 
-COMMANDS = ("build", "up", "serve", "ask", "evaluate")
+COMMANDS = (
+    *("build", "calibrate-compare", "sensitivity", "up", "serve", "ask", "evaluate"),
+)
 SQUAD = {
     "data": [
         {
@@ -145,9 +147,13 @@ def test_version(run: Run) -> None:
         ("ask", "q"),
         ("build", "--gate", "2"),
         ("build", "--percentile", "101"),
-        ("build", "--calibrator", "entropy"),
+        ("build", "--calibrator", "average"),
+        ("build", "--weights", "per-row"),
         ("build", "--calibration-limit", "0"),
         ("build", "--target", "tensorrt"),
+        ("calibrate-compare", "--limit", "0"),
+        ("calibrate-compare", "--sensitivity-questions", "-1"),
+        ("sensitivity", "--limit", "0"),
         ("evaluate", "--data", "x", "--precision", "int4"),
         ("evaluate", "--data", "x", "--concurrency", "0"),
         ("up", "--model-repository"),
@@ -214,11 +220,6 @@ def test_build_over_foreign_files(run: Run, tmp_path: Path) -> None:
     check_one_line(finished, 73, "thesis.txt", "give an empty directory")
 
 
-def test_percentile_of_half(run: Run) -> None:
-    """50 passes the parser's closed bound, and is refused one step further."""
-    check_one_line(run("build", "--percentile", "50"), 70, "percentile is 50.0")
-
-
 def make_outcome(*, cached: bool) -> Any:
     from int8qa.build.pipeline import BuildOutcome
 
@@ -241,70 +242,6 @@ def make_outcome(*, cached: bool) -> Any:
     }
     contract: Any = None
     return BuildOutcome(contract, manifest, cached=cached)
-
-
-def test_build_options(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every option reaches the build."""
-    from int8qa.build import pipeline
-
-    seen: list[Any] = []
-
-    def fake(options: Any) -> Any:
-        seen.append(options)
-        return make_outcome(cached=True)
-
-    monkeypatch.setattr(pipeline, "build_repository", fake)
-    monkeypatch.setenv("INT8QA_MODEL_REPOSITORY", "from-environment")
-    assert run("build").code == 0
-    assert seen[0] == pipeline.BuildOptions(model_repository=Path("from-environment"))
-    finished = run(
-        *(
-            "build",
-            "--checkpoint",
-            "acme/x",
-            "--revision",
-            "v2",
-            "--target",
-            "openvino",
-        ),
-        *("--recipe", "linear", "--calibrator", "percentile", "--percentile", "99.9"),
-        *("--calibration-data", "c.json", "--calibration-limit", 5, "--gate", 0.5),
-        *("--evaluation-data", "e.json", "--evaluation-limit", 6, "--force"),
-        *("--model-repository", "there", "--no-smooth"),
-    )
-    assert finished.code == 0
-    assert seen[1] == pipeline.BuildOptions(
-        model_repository=Path("there"),
-        checkpoint="acme/x",
-        revision="v2",
-        calibrator=pipeline.Calibrator("percentile", 99.9),
-        calibration_data=Path("c.json"),
-        smooth=False,
-        calibration_limit=5,
-        evaluation_data=Path("e.json"),
-        evaluation_limit=6,
-        gate=0.5,
-        force=True,
-    )
-    run("build", "--calibrator", "max")
-    assert seen[2].calibrator.name == "max"
-
-
-@pytest.mark.parametrize("cached", [True, False])
-def test_build_output(run: Run, monkeypatch: pytest.MonkeyPatch, cached: bool) -> None:
-    """The report goes to standard error; with --json the manifest to standard output."""
-    from int8qa.build import pipeline
-
-    outcome = make_outcome(cached=cached)
-    monkeypatch.setattr(pipeline, "build_repository", lambda options: outcome)
-    finished = run("build")
-    assert finished.out == ""
-    assert "Verdict: none." in finished.err
-    assert ("nothing to do" in finished.err) == cached
-    finished = run("build", "--json")
-    assert json.loads(finished.out) == outcome.manifest
-    assert finished.err == ""
-    assert "lesé" in finished.out
 
 
 def test_ask(run: Run, context_file: Path) -> None:
@@ -337,6 +274,8 @@ def test_ask_json(run: Run, context_file: Path) -> None:
         )
     assert json.loads(finished.out) == reply.body
     assert finished.err == ""
+    # The service knows its default: what its own build recommends.
+    assert "precision" not in gateway.requests[0]
 
 
 def test_ask_without_an_answer(run: Run, context_file: Path) -> None:
@@ -526,11 +465,25 @@ def test_announcement(capsys: pytest.CaptureFixture[str]) -> None:
     assert "1887" in body["context"]
 
 
-def test_choices_are_the_builds() -> None:
-    """What the parser offers is what the build stage knows."""
-    from int8qa.build.calibration import Method
-    from int8qa.build.quantization import RECIPES
-
-    assert {choice.value for choice in cli.RecipeChoice} == RECIPES.keys()
-    assert {choice.value for choice in cli.CalibratorMethod} == set(Method.__args__)
-    assert [str(precision) for precision in Precision] == ["int8", "fp16", "fp32"]
+@pytest.mark.parametrize("arguments", [(), ("build", "--help"), ("ask", "--help")])
+def test_answers_before_anything_heavy_is_imported(arguments: tuple[str, ...]) -> None:
+    """Neither importing the command line nor its help loads what only builds need."""
+    script = (
+        "import sys; from int8qa import cli\n"
+        f"sys.argv = ['int8qa', *{arguments!r}]\n"
+        "try:\n"
+        "    if len(sys.argv) > 1: cli.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'modelopt', 'onnx', 'onnxruntime', 'openvino', 'plotly',\n"
+        "         'transformers', 'numpy', 'tritonclient', 'fastapi'}\n"
+        "print(sorted(heavy & sys.modules.keys()), file=sys.stderr)\n"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert finished.stderr == "[]\n"

@@ -1,4 +1,4 @@
-"""The command line: ``int8qa build | up | serve | ask | evaluate``.
+"""The command line: what serves, and the build stage's commands beside it.
 
 In: arguments and ``INT8QA_`` settings. Out: results on standard output, everything
 else on standard error, errors in one line, exit codes after sysexits.h.
@@ -12,7 +12,6 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +28,7 @@ from rich.progress import (
 from rich.table import Table
 
 from int8qa import __version__, errors
+from int8qa.build.commands import JsonOption, RepositoryOption, add_commands
 from int8qa.contract import CONTRACT_FILENAME, Precision
 from int8qa.settings import Settings, load_settings
 
@@ -47,6 +47,7 @@ EXIT_CODES: dict[type[errors.Int8qaError], int] = {
     errors.BuildError: 70,
     errors.CheckpointError: 66,  # EX_NOINPUT
     errors.DataFileError: 66,
+    errors.RecipeError: 78,
     errors.RepositoryError: 73,  # EX_CANTCREAT
 }
 """Exit code of an error: its own, else that of the nearest class above it."""
@@ -71,34 +72,6 @@ app = typer.Typer(
 )
 
 
-class CalibratorMethod(str, Enum):
-    """Calibrators the build offers."""
-
-    PERCENTILE = "percentile"
-    MAX = "max"
-
-
-class TargetName(str, Enum):
-    """Engines the build offers."""
-
-    OPENVINO = "openvino"
-
-
-class RecipeChoice(str, Enum):
-    """Recipes the build offers."""
-
-    LINEAR = "linear"
-
-
-RepositoryOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--model-repository",
-        help="Directory of the Triton model repository.  [default: model_repository, "
-        "or INT8QA_MODEL_REPOSITORY]",
-        show_default=False,
-    ),
-]
 UrlOption = Annotated[
     str | None,
     typer.Option(
@@ -107,9 +80,6 @@ UrlOption = Annotated[
         "the port of INT8QA_PORT]",
         show_default=False,
     ),
-]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Write JSON to standard output.")
 ]
 
 
@@ -131,112 +101,7 @@ def _root(
     del version
 
 
-@app.command()
-def build(
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="Hub id or directory of a question answering checkpoint.  "
-            "[default: the demo checkpoint in the package]",
-            show_default=False,
-        ),
-    ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a hub id.")
-    ] = None,
-    target: Annotated[
-        TargetName, typer.Option(help="Engine to build for.")
-    ] = TargetName.OPENVINO,
-    recipe: Annotated[
-        RecipeChoice,
-        typer.Option(help="Which tensors become INT8. linear: the GEMMs."),
-    ] = RecipeChoice.LINEAR,
-    calibrator: Annotated[
-        CalibratorMethod, typer.Option(help="How activation ranges are chosen.")
-    ] = CalibratorMethod.PERCENTILE,
-    percentile: Annotated[
-        float,
-        typer.Option(
-            help="Share of absolute values kept, in percent (percentile only).",
-            min=50.0,
-            max=100.0,
-        ),
-    ] = 99.999,
-    smooth: Annotated[
-        bool,
-        typer.Option(help="SmoothQuant: move outlier channels into the weights first."),
-    ] = True,
-    calibration_data: Annotated[
-        Path | None,
-        typer.Option(
-            help="SQuAD-format questions to calibrate on.  [default: our own]",
-            show_default=False,
-        ),
-    ] = None,
-    calibration_limit: Annotated[
-        int | None, typer.Option(min=1, help="Use only the first N of them.")
-    ] = None,
-    evaluation_data: Annotated[
-        Path | None,
-        typer.Option(
-            help="SQuAD-format questions for gate and report; none may be in the "
-            "calibration data.  [default: our own]",
-            show_default=False,
-        ),
-    ] = None,
-    evaluation_limit: Annotated[
-        int | None, typer.Option(min=1, help="Use only the first N of them.")
-    ] = None,
-    gate: Annotated[
-        float,
-        typer.Option(
-            help="Least share of FP32's F1 that INT8 must keep, but for what chance "
-            "explains; 0 switches it off.",
-            min=0.0,
-            max=1.0,
-        ),
-    ] = 0.99,
-    model_repository: RepositoryOption = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Rebuild even if it is current.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Turn a checkpoint into calibrated INT8, FP16 and FP32 engines for Triton."""
-    del target  # one value so far
-    settings = load_settings()
-    from int8qa.build.calibration import Calibrator
-    from int8qa.build.pipeline import BuildOptions, build_repository
-    from int8qa.build.report import show_manifest
-
-    chosen: dict[str, Any] = {
-        "checkpoint": checkpoint,
-        "calibration_data": calibration_data,
-        "evaluation_data": evaluation_data,
-    }
-    options = BuildOptions(
-        model_repository=model_repository or settings.model_repository,
-        revision=revision,
-        recipe=recipe.value,
-        calibrator=(
-            Calibrator("percentile", percentile)
-            if calibrator is CalibratorMethod.PERCENTILE
-            else Calibrator("max")
-        ),
-        smooth=smooth,
-        calibration_limit=calibration_limit,
-        evaluation_limit=evaluation_limit,
-        gate=gate,
-        force=force,
-        **{name: value for name, value in chosen.items() if value is not None},
-    )
-    outcome = build_repository(options)
-    if as_json:
-        print(json.dumps(outcome.manifest, indent=2, ensure_ascii=False))
-        return
-    show_manifest(outcome.manifest)
-    state = "current, nothing to do" if outcome.cached else "built"
-    _say(f"{options.model_repository}: {state}")
+add_commands(app)
 
 
 @app.command()
@@ -280,7 +145,13 @@ def ask(
     context_file: Annotated[
         Path, typer.Option(help="UTF-8 text to answer from; - for standard input.")
     ],
-    precision: Annotated[str, typer.Option(help="int8, fp16, fp32 or both.")] = "int8",
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="int8, fp16, fp32 or both; left out: the service's default.",
+            show_default=False,
+        ),
+    ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Answers wanted.")] = 1,
     allow_no_answer: Annotated[
         bool, typer.Option(help="Let the reader say that there is none.")
@@ -294,17 +165,18 @@ def ask(
     base_url = url or _local_url()
     context = _read_context(context_file)
 
+    request: dict[str, Any] = {
+        "question": question,
+        "context": context,
+        "top_k": top_k,
+        "allow_no_answer": allow_no_answer,
+    }
+    if precision is not None:
+        request["precision"] = precision
+
     async def run() -> dict[str, Any]:
         async with GatewayClient(base_url) as client:
-            return await client.answer(
-                {
-                    "question": question,
-                    "context": context,
-                    "precision": precision,
-                    "top_k": top_k,
-                    "allow_no_answer": allow_no_answer,
-                }
-            )
+            return await client.answer(request)
 
     response = asyncio.run(run())
     if as_json:

@@ -1,0 +1,1 @@
+"""The result of a comparison as one HTML page: table, figures, raw data."""

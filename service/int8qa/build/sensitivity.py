@@ -1,0 +1,178 @@
+"""What each part of the model costs in INT8: quantized alone, and left out alone.
+
+In: an exported graph with ranges, evaluation questions, float32's answers. Out: per
+unit (layer and kernel, kernel over all layers, layer) the accuracy of both, ordered.
+Every measurement is kept in a file at once, so that a run that was cut short goes on
+where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from int8qa.build.accuracy import Accuracy
+from int8qa.build.quantization import Plan
+from int8qa.build.units import (
+    Unit,
+    class_units,
+    kernel_units,
+    layer_units,
+    split_units,
+)
+from int8qa.errors import BuildError
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One plan against float32."""
+
+    rms_logit_error: float
+    f1_ratio: float
+    agreement_fp32: float
+
+
+@dataclass(frozen=True, slots=True)
+class UnitSensitivity:
+    """One unit, both ways."""
+
+    name: str
+    layer: int | None
+    kernel: str | None
+    tensor_class: str | None
+    group: str
+    """Which units it is to be compared with."""
+    only: Finding
+    """This unit alone quantized."""
+    all_but: Finding
+    """Everything but this unit quantized."""
+
+
+class FindingCache:
+    """Findings by plan, appended to a file of JSON lines as they come.
+
+    The file belongs to one subject: the first line names its key, and a file with
+    another key is begun anew.
+    """
+
+    def __init__(self, path: Path | None, key: str) -> None:
+        self._path = path
+        self._found: dict[str, Finding] = {}
+        if path is None:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            lines = []
+        except (OSError, UnicodeDecodeError) as error:
+            raise BuildError(
+                f"cannot use the cache {path}: {error}; give another --cache"
+            ) from error
+        if _read_line(lines[0] if lines else "").get("key") == key:
+            for line in lines[1:]:
+                entry = _read_line(line)  # the last may be cut short by a kill
+                if "finding" in entry:
+                    self._found[entry["plan"]] = Finding(**entry["finding"])
+        else:
+            self._write(json.dumps({"key": key}), "w")
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def get(self, plan_key: str, measure: Callable[[], Finding]) -> Finding:
+        """What is known of a plan, else measured and kept."""
+        if plan_key not in self._found:
+            finding = measure()
+            self._found[plan_key] = finding
+            self._write(json.dumps({"plan": plan_key, "finding": asdict(finding)}), "a")
+        return self._found[plan_key]
+
+    def _write(self, line: str, mode: str) -> None:
+        if self._path is None:
+            return
+        try:
+            with self._path.open(mode, encoding="utf-8") as stream:
+                # A line cut short by a kill must not swallow this one.
+                stream.write(f"{line}\n" if mode == "w" else f"\n{line}\n")
+        except OSError as error:
+            raise BuildError(
+                f"cannot write the cache {self._path}: {error.strerror}; give another "
+                f"--cache"
+            ) from error
+
+
+def _read_line(line: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
+def list_units(plan: Plan) -> list[Unit]:
+    """Every unit that is measured: single ones, kernels, layers."""
+    units = [
+        *split_units(plan),
+        *layer_units(plan),
+        *class_units(plan),
+        *kernel_units(plan),
+    ]
+    first: dict[frozenset[str], Unit] = {}
+    for unit in units:
+        first.setdefault(unit.sites, unit)
+    return list(first.values())
+
+
+def measure_sensitivity(
+    plan: Plan,
+    measure: Callable[[Plan], Accuracy],
+    cache: FindingCache,
+    *,
+    on_plan: Callable[[], None] = lambda: None,
+) -> list[UnitSensitivity]:
+    """Measure every unit of ``plan``, the one that costs most first.
+
+    Args:
+        plan: fully quantized.
+        measure: accuracy of a plan against float32.
+        cache: what is known already.
+        on_plan: called after each plan, two per unit.
+    """
+
+    def find(part: Plan) -> Finding:
+        key = "|".join(sorted(part.names))
+
+        def run() -> Finding:
+            accuracy = measure(part)
+            return Finding(
+                rms_logit_error=round(accuracy.rms_logit_error, 5),
+                f1_ratio=round(accuracy.f1_ratio, 5),
+                agreement_fp32=round(accuracy.agreement, 5),
+            )
+
+        finding = cache.get(key, run)
+        on_plan()
+        return finding
+
+    found = [
+        UnitSensitivity(
+            name=unit.name,
+            layer=unit.layer,
+            kernel=unit.kernel,
+            tensor_class=unit.tensor_class,
+            group=unit.group,
+            only=find(unit.only(plan)),
+            all_but=find(unit.all_but(plan)),
+        )
+        for unit in list_units(plan)
+    ]
+    return order_findings(found)
+
+
+def order_findings(found: Sequence[UnitSensitivity]) -> list[UnitSensitivity]:
+    """By the logit error of each unit alone, largest first."""
+    return sorted(found, key=lambda one: one.only.rms_logit_error, reverse=True)

@@ -1,0 +1,352 @@
+"""The build stage's commands: what they hand on, what they print, what they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from int8qa import cli
+from int8qa.build import laboratory, pipeline
+from int8qa.build.calibration import Calibrator, Method
+from int8qa.build.commands import CalibratorMethod
+from int8qa.build.laboratory import ALL_CALIBRATORS, LaboratoryOptions
+from int8qa.build.pipeline import BuildOptions, BuildOutcome
+from int8qa.build.quantization import RECIPES
+from int8qa.build.subject import QuestionSources
+
+COMMANDS = ("build", "calibrate-compare", "sensitivity")
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Run:
+    """Run ``int8qa`` with arguments, in this process: code, output, errors."""
+    for name in list(os.environ):
+        if name.upper().startswith("INT8QA_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["int8qa", *map(str, arguments)])
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as finished:
+            code = finished.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever starts to work is told apart from whoever refuses first."""
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("work was started")
+
+    monkeypatch.setattr(pipeline, "build_repository", refuse)
+    monkeypatch.setattr(laboratory, "compare_calibrators", refuse)
+    monkeypatch.setattr(laboratory, "measure_one", refuse)
+
+
+def check_one_line(finished: tuple[int, str, str], code: int, *parts: str) -> None:
+    """An error: its code, nothing on standard output, one line on standard error."""
+    found, out, err = finished
+    assert (found, out) == (code, ""), err
+    assert len(err.strip().splitlines()) == 1, err
+    assert err.startswith("int8qa: ")
+    for part in parts:
+        assert part in err
+
+
+def options_of(command: str) -> list[str]:
+    """Every option of a command, as it is typed."""
+    root: Any = typer.main.get_command(cli.app)
+    parameters = root.commands[command].params
+    return [
+        name
+        for parameter in parameters
+        for name in (*parameter.opts, *parameter.secondary_opts)
+    ]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(run: Run, command: str) -> None:
+    """The help names every option, and every option says something."""
+    code, out, err = run(command, "--help")
+    assert (code, err) == (0, "")
+    assert f"int8qa {command}" in out
+    options = options_of(command)
+    assert len(options) > 10
+    words = out.replace(",", " ").replace("/", " ").split()
+    assert [name for name in options if name not in words] == []
+
+
+def make_outcome(*, cached: bool) -> BuildOutcome:
+    accuracy = {
+        "f1": 75.0,
+        "exact_match": 60.0,
+        "f1_ratio": 1.0,
+        "f1_ratio_margin": 0.004,
+        "agreement": 1.0,
+        "max_logit_deviation": 0.0,
+    }
+    model = {"accuracy": accuracy, "execution": "i8", "size_bytes": 10**6}
+    manifest = {
+        "checkpoint": {"name": "acme/lesé"},
+        "device": "CPU",
+        "latency_ms": {"1x128": {"int8": 1.0}},
+        "models": {"int8": model},
+        "remarks": [],
+        "mixed": None,
+        "verdict": "On CPU, INT8 is what it is.",
+    }
+    contract: Any = None
+    return BuildOutcome(contract, manifest, cached=cached)
+
+
+def test_build_options(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Every option reaches the build; left out, the build's own defaults stand."""
+    seen: list[BuildOptions] = []
+
+    def fake(options: BuildOptions) -> BuildOutcome:
+        seen.append(options)
+        return make_outcome(cached=True)
+
+    monkeypatch.setattr(pipeline, "build_repository", fake)
+    monkeypatch.setenv("INT8QA_MODEL_REPOSITORY", "from-environment")
+    assert run("build")[0] == 0
+    assert seen[0] == BuildOptions(model_repository=Path("from-environment"))
+    assert seen[0].is_default
+    code, _, err = run(
+        *("build", "--checkpoint", "acme/x", "--revision", "v2"),
+        *("--target", "openvino", "--recipe", "full", "--weights", "per-tensor"),
+        *("--share-qkv", "--calibrator", "percentile", "--percentile", "99.9"),
+        *("--calibration-data", "c.json", "--calibration-limit", 5, "--gate", 0.5),
+        *("--evaluation-data", "e.json", "--evaluation-limit", 6, "--force"),
+        *("--mixed", "--model-repository", "there", "--no-smooth"),
+    )
+    assert code == 0, err
+    full = RECIPES["full"]
+    assert seen[1] == BuildOptions(
+        model_repository=Path("there"),
+        checkpoint="acme/x",
+        revision="v2",
+        recipe=type(full)("full", full.rules, per_channel=False, share_qkv=True),
+        calibrator=Calibrator("percentile", 99.9),
+        sources=QuestionSources(Path("c.json"), Path("e.json"), 5, 6),
+        smooth=False,
+        gate=0.5,
+        mixed=True,
+        force=True,
+    )
+    path = tmp_path / "own.yaml"
+    path.write_text("name: own\nbase: linear\nweights: per-tensor\nshare_qkv: true\n")
+    run("build", "--calibrator", "search", "--recipe", path)
+    assert seen[2].calibrator == Calibrator("search")
+    assert seen[2].recipe.name == "own"
+    assert (seen[2].recipe.per_channel, seen[2].recipe.share_qkv) == (False, True)
+    run("build", "--recipe", path, "--weights", "per-channel", "--separate-qkv")
+    assert (seen[3].recipe.per_channel, seen[3].recipe.share_qkv) == (True, False)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_build_output(run: Run, monkeypatch: pytest.MonkeyPatch, cached: bool) -> None:
+    """The report goes to standard error; with --json the manifest to standard output."""
+    outcome = make_outcome(cached=cached)
+    monkeypatch.setattr(pipeline, "build_repository", lambda options: outcome)
+    _, out, err = run("build")
+    assert out == ""
+    assert "On CPU, INT8 is what it is." in err
+    assert ("nothing to do" in err) == cached
+    _, out, err = run("build", "--json")
+    assert json.loads(out) == outcome.manifest
+    assert err == ""
+    assert "lesé" in out
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [
+        (("build", "--recipe", "ful"), 78, "did you mean full?"),
+        (("build", "--recipe", "none.yaml"), 78, "none.yaml"),
+        (("build", "--percentile", "50"), 70, "percentile is 50.0"),
+        (("build", "--explain", "--recipe", "cubic"), 78, "no recipe is called"),
+        (("calibrate-compare", "--recipe", "ful"), 78, "did you mean full?"),
+        (("calibrate-compare", "--calibrator", "average"), 70, "known are max"),
+        (("calibrate-compare", "--calibrator", "percentile-x"), 70, "percentile-99.99"),
+        (("calibrate-compare", "--calibrator", "percentile-5"), 70, "above 50"),
+        (("sensitivity", "--recipe", "ful"), 78, "did you mean full?"),
+        (("sensitivity", "--calibrator", "average"), 70, "known are max"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_unknown_name(
+    run: Run, arguments: tuple[str, ...], code: int, part: str
+) -> None:
+    """A recipe or calibrator that is none is refused in one line, before any work."""
+    check_one_line(run(*arguments), code, part)
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("place", ["nowhere/report.html", "file/report.html"])
+def test_report_without_a_directory(run: Run, tmp_path: Path, place: str) -> None:
+    """Twenty minutes of work must not end in a report that cannot be written."""
+    (tmp_path / "file").write_text("")
+    finished = run("calibrate-compare", "--html", tmp_path / place)
+    parent = tmp_path / Path(place).parent
+    check_one_line(finished, 73, f"no such directory for the report: {parent}")
+
+
+def test_compare_options(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every option reaches the laboratory; table, JSON and page come of its result."""
+    from int8qa.build import report
+    from int8qa.build.comparison import page as comparison_page
+
+    seen: list[LaboratoryOptions] = []
+    result = {"verdict": "naïve"}
+
+    def fake(options: LaboratoryOptions) -> dict[str, Any]:
+        seen.append(options)
+        return result
+
+    pages: list[tuple[Any, Path]] = []
+    tables: list[Any] = []
+    monkeypatch.setattr(laboratory, "compare_calibrators", fake)
+    monkeypatch.setattr(
+        comparison_page, "write_page", lambda found, path: pages.append((found, path))
+    )
+    monkeypatch.setattr(report, "show_comparison", tables.append)
+    code, out, err = run("calibrate-compare")
+    assert (code, out) == (0, "")
+    assert err == "report: int8qa-calibrators.html\n"
+    assert seen[0] == LaboratoryOptions()
+    assert seen[0].calibrators == ALL_CALIBRATORS
+    assert tables == [result]
+    assert pages == [(result, Path("int8qa-calibrators.html"))]
+    code, out, err = run(
+        *("calibrate-compare", "--checkpoint", "acme/x", "--revision", "v2"),
+        *("--data", "d.json", "--limit", 7, "--calibration-data", "c.json"),
+        *("--calibration-limit", 5, "--recipe", "linear", "--calibrator", "max"),
+        *("--calibrator", "percentile-99.99", "--no-smooth", "--gate", 0.5),
+        *("--sensitivity-questions", 0, "--html", "r.html", "--cache", "k", "--json"),
+    )
+    assert code == 0, err
+    assert json.loads(out) == result
+    assert "naïve" in out
+    assert len(tables) == 1
+    assert seen[1] == LaboratoryOptions(
+        checkpoint="acme/x",
+        revision="v2",
+        sources=QuestionSources(Path("c.json"), Path("d.json"), 5, 7),
+        recipes=(RECIPES["linear"],),
+        calibrators=(Calibrator("max"), Calibrator("percentile", 99.99)),
+        smooth=False,
+        gate=0.5,
+        sensitivity_questions=0,
+        cache=Path("k"),
+    )
+
+
+def test_sensitivity_options(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every option reaches the laboratory; by default full, 200 questions, plain."""
+    from int8qa.build import report
+
+    seen: list[Any] = []
+    tables: list[Any] = []
+
+    def fake(
+        options: LaboratoryOptions, calibrator: Calibrator, *, smooth: bool
+    ) -> dict[str, Any]:
+        seen.append((options, calibrator, smooth))
+        return {"units": []}
+
+    monkeypatch.setattr(laboratory, "measure_one", fake)
+    monkeypatch.setattr(report, "show_sensitivity", tables.append)
+    code, out, err = run("sensitivity")
+    assert (code, out, err) == (0, "", "")
+    assert tables == [{"units": []}]
+    expected = LaboratoryOptions(
+        sources=QuestionSources(evaluation_limit=200),
+        recipes=(RECIPES["full"],),
+        sensitivity_questions=200,
+    )
+    assert seen[0] == (expected, Calibrator("percentile", 99.999), False)
+    code, out, err = run(
+        *("sensitivity", "--checkpoint", "acme/x", "--revision", "v2"),
+        *("--data", "d.json", "--limit", 7, "--calibration-data", "c.json"),
+        *("--calibration-limit", 5, "--recipe", "linear", "--calibrator", "search"),
+        *("--smooth", "--cache", "k", "--json"),
+    )
+    assert json.loads(out) == {"units": []}
+    expected = LaboratoryOptions(
+        checkpoint="acme/x",
+        revision="v2",
+        sources=QuestionSources(Path("c.json"), Path("d.json"), 5, 7),
+        recipes=(RECIPES["linear"],),
+        sensitivity_questions=7,
+        cache=Path("k"),
+    )
+    assert seen[1] == (expected, Calibrator("search"), True)
+
+
+@pytest.mark.usefixtures("no_work")
+def test_explain(run: Run, tiny_checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Every tensor that could be quantized, and what the recipe does with it."""
+    checkpoint = str(tiny_checkpoints["bert"])
+    explain = ("build", "--checkpoint", checkpoint, "--explain", "--recipe")
+    code, out, err = run(*explain, "linear", "--json")
+    assert code == 0, err
+    rows = json.loads(out)
+    assert all(row.keys() == {"layer", "class", "quantizer", "grid"} for row in rows)
+    found = {(row["layer"], row["class"]): row["grid"] for row in rows}
+    assert found[0, "qkv_input"] == "INT8"
+    assert found[1, "ffn_out_weight"] == "INT8 per channel"
+    assert found[1, "softmax"] == found[None, "classifier_weight"] == "float"
+    assert len({row["quantizer"] for row in rows}) == len(rows)
+    _, out, _ = run(*explain, "full", "--weights", "per-tensor", "--json")
+    grids = {(row["layer"], row["class"]): row["grid"] for row in json.loads(out)}
+    assert grids.keys() == found.keys()
+    assert grids[1, "ffn_out_weight"] == grids[1, "softmax"] == "INT8"
+    _, out, _ = run(*explain, "linear")
+    lines = out.splitlines()
+    assert "tiny-bert, recipe linear" in lines[0]
+    for row in rows:
+        assert any(row["quantizer"] in line and row["grid"] in line for line in lines)
+    assert not (tmp_path / "model_repository").exists()
+
+
+@pytest.mark.usefixtures("no_work")
+def test_explain_of_a_pattern_without_a_match(
+    run: Run, tiny_checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """A recipe that names what the model lacks is refused with what it has."""
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        'name: own\nbase: linear\nrules: [{quantizers: "*.layer.7.*", enable: false}]\n'
+    )
+    checkpoint = str(tiny_checkpoints["bert"])
+    finished = run("build", "--checkpoint", checkpoint, "--explain", "--recipe", path)
+    check_one_line(finished, 78, "'*.layer.7.*'", "nearest are called")
+
+
+def test_choices_are_the_builds() -> None:
+    """What the parser offers is what the build stage knows."""
+    assert {choice.value for choice in CalibratorMethod} == set(Method.__args__)
