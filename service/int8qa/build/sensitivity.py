@@ -1,7 +1,7 @@
 """What each part of the model costs in INT8: quantized alone, and left out alone.
 
 In: an exported graph with ranges, evaluation questions, float32's answers. Out: per
-unit (layer and kernel, kernel over all layers, layer) the accuracy of both, ordered.
+unit (kernel, layer, tensor class, kernel over all layers) the accuracy of both, ordered.
 Every measurement is kept in a file at once, so that a run that was cut short goes on
 where it stopped.
 """
@@ -114,7 +114,7 @@ def _read_line(line: str) -> dict[str, Any]:
 
 
 def list_units(plan: Plan) -> list[Unit]:
-    """Every unit that is measured: single ones, kernels, layers."""
+    """Every unit that is measured; of units with equal sites the first."""
     units = [
         *split_units(plan),
         *layer_units(plan),

@@ -1,6 +1,6 @@
 """Which tensors cost the accuracy: the bars of a calibrator comparison.
 
-In: the sensitivity of the result. Out: plotly.js figures of single tensors, of tensor
+In: the sensitivity of the result. Out: plotly.js figures of kernels, of tensor
 classes and of layers, with their description in words.
 """
 
