@@ -17,6 +17,7 @@ MODELS = {
     "precisions": ["int8", "fp16", "fp32"],
     "max_window_tokens": 384,
     "verdict": "",
+    "recommended": "int8",
     "models": [],
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,15 @@ from int8qa.reader.windows import Window
 from tests.build.tiny import ARCHITECTURES, CalibratedReader, insert_and_find
 
 Calibrated = Callable[[str], CalibratedReader]
+BOTH = Recipe(
+    "both",
+    (
+        *RECIPES["full"].rules,
+        Rule(enable=True, tensor_class=TensorClass.ATTENTION_OUTPUT),
+        Rule(enable=True, tensor_class=TensorClass.FFN_OUTPUT),
+    ),
+)
+"""Both addends of every residual add."""
 
 
 def project(source: CalibratedReader, plan: Plan) -> onnx.ModelProto:
@@ -68,10 +78,9 @@ def test_pairs_are_shared(calibrated: Calibrated) -> None:
     """Q, K, V and the residual read one pair; so do the FFN's GEMM and residual."""
     source = calibrated("bert")
     census = count(source, project(source, source.plan), source.plan)
-    # Per layer: block input, query, key, value, softmax, context, attention output,
-    # FFN input, GELU, FFN output.
-    assert census.quantize_nodes == 2 * 10
-    assert census.dequantize_nodes == 2 * 10 + 12
+    # Per layer: block input, query, key, value, softmax, context, FFN input, GELU.
+    assert census.quantize_nodes == 2 * 8
+    assert census.dequantize_nodes == 2 * 8 + 12
 
 
 def test_residual_without_its_gemm(calibrated: Calibrated) -> None:
@@ -81,7 +90,7 @@ def test_residual_without_its_gemm(calibrated: Calibrated) -> None:
     plan = Recipe("a", (*RECIPES["full"].rules, rule)).choose(source.sites)
     census = count(source, project(source, plan), plan)
     assert census.by_class["ffn_in_input"].quantized == 2
-    assert census.quantize_nodes == 2 * 10
+    assert census.quantize_nodes == 2 * 8
 
 
 def test_per_tensor_weights(calibrated: Calibrated) -> None:
@@ -97,18 +106,41 @@ def test_per_tensor_weights(calibrated: Calibrated) -> None:
     assert census.by_class["qkv_weight"].per_channel == 0
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_tensor_quantized(name: str, windows: list[Window]) -> None:
-    """A recipe that names all there is, embeddings and head too, is found in full."""
+def build_own(
+    name: str, windows: list[Window], recipe: Recipe
+) -> tuple[CalibratedReader, onnx.ModelProto]:
+    """An architecture calibrated and exported by any recipe, and its graph."""
     reader, sites = insert_and_find(name)
-    plan = Recipe("all", (Rule(enable=True, pattern="*"),)).choose(sites)
+    plan = recipe.choose(sites)
     switch_quantizers(reader.model, plan)
     histograms = collect_histograms(reader.wrapped, windows, plan, reader.inputs)
     ranges = choose_ranges(reader.model, plan, histograms, Calibrator("max"))
     set_ranges(reader.model, ranges)
-    exported = export_onnx(reader.wrapped, reader.inputs)
-    model = QuantizedGraph(exported, plan).project(plan, ranges)
-    census = take_census(model, plan, sites, ranges)
+    exported = export_onnx(reader.wrapped, reader.inputs).SerializeToString()
+    source = CalibratedReader(reader, sites, plan, histograms, ranges, exported)
+    return source, project(source, plan)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_both_addends(name: str, windows: list[Window]) -> None:
+    """A recipe of one's own can have both addends of the residual adds in INT8."""
+    source, model = build_own(name, windows, BOTH)
+    census = count(source, model, source.plan)
+    for tensor_class in ("attention", "ffn"):
+        for side in ("output", "residual"):
+            assert census.by_class[f"{tensor_class}_{side}"].quantized == 2
+    gemms = 13 if name == "electra" else 12
+    # ELECTRA's projection reads one more, and writes what layer 0 reads.
+    assert census.quantize_nodes == 2 * 10 + gemms - 12
+    assert census.dequantize_nodes == census.quantize_nodes + gemms
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_tensor_quantized(name: str, windows: list[Window]) -> None:
+    """A recipe that names all there is, embeddings and head too, is found in full."""
+    recipe = Recipe("all", (Rule(enable=True, pattern="*"),))
+    source, model = build_own(name, windows, recipe)
+    sites, census = source.sites, count(source, model, source.plan)
     assert census.quantized_matmuls == census.matmuls
     for site in sites:
         found = census.by_class[str(site.tensor_class)]
@@ -139,7 +171,7 @@ def test_smoothed_graph(recipe: str, windows: list[Window]) -> None:
 
 
 def test_direct_export(calibrated: Calibrated) -> None:
-    """The exporter's own scales are amax / 127, to the last bits of float32."""
+    """The exporter's own scales and types are ours, to the last bits of float32."""
     source = calibrated("roberta")
     cleaned = clean_graph(onnx.load_from_string(source.exported))
     projected = count(source, project(source, source.plan), source.plan)
@@ -216,6 +248,51 @@ def shift_zero_point(model: onnx.ModelProto) -> None:
     dequantize.input[2] = _node(model, dequantize.input[0]).input[2] = zero_point
 
 
+def _retype(model: onnx.ModelProto, reader: str, kind: Any) -> None:
+    """The pair of the first input of ``reader`` on a grid of another type."""
+    dequantize = _node(model, _find(model, reader).input[0])
+    zero_point = _put(model, "other_zero", np.array(0, kind))
+    dequantize.input[2] = _node(model, dequantize.input[0]).input[2] = zero_point
+
+
+def unsign_gelu(model: onnx.ModelProto) -> None:
+    """A pair of UINT8 where values are negative."""
+    _retype(model, "layer.1/output/dense/MatMul", np.uint8)
+
+
+def unsign_residual(model: onnx.ModelProto) -> None:
+    """The same at a pair that the GEMM and the residual add share."""
+    _retype(model, "layer.1/intermediate/dense/MatMul", np.uint8)
+
+
+def sign_softmax(model: onnx.ModelProto) -> None:
+    """A pair of INT8 at the probabilities, its scale as for UINT8."""
+    _retype(model, "layer.0/attention/self/MatMul_1", np.int8)
+
+
+def sign_softmax_and_scale(model: onnx.ModelProto) -> None:
+    """The probabilities on INT8's whole grid, as if signed had been planned."""
+    sign_softmax(model)
+    context = _find(model, "layer.0/attention/self/MatMul_1")
+    dequantize = _node(model, context.input[0])
+    scale = _value(model, dequantize.input[1]) * np.float32(255 / 127)
+    scale = np.float32(scale).reshape(())
+    name = _put(model, "coarse", np.asarray(scale))
+    dequantize.input[1] = _node(model, dequantize.input[0]).input[1] = name
+
+
+def widen_zero_point(model: onnx.ModelProto) -> None:
+    """A grid of 16 bits."""
+    _retype(model, "layer.1/output/dense/MatMul", np.int16)
+
+
+def retype_half_a_pair(model: onnx.ModelProto) -> None:
+    """A UINT8 that is read as INT8: from 128 on it would turn negative."""
+    context = _find(model, "layer.0/attention/self/MatMul_1")
+    dequantize = _node(model, context.input[0])
+    dequantize.input[2] = _put(model, "int8_zero", np.array(0, np.int8))
+
+
 def float_weight(model: onnx.ModelProto) -> None:
     """A weight that stayed in float."""
     gemm = _find(model, "layer.1/intermediate/dense/MatMul")
@@ -273,6 +350,12 @@ def rename_gemm(model: onnx.ModelProto) -> None:
         (turn_axis, r"layer 0 qkv_weight: .*key.* not one for each of its 32 output"),
         (exchange_scales, r"layer 0 qkv_weight: .*query.* other scales than amax"),
         (shift_zero_point, r"layer 1 ffn_out_input: .* zero point 3 \(int8\)"),
+        (unsign_gelu, r"layer 1 ffn_out_input: .* on a grid of unsigned INT8, ag"),
+        (unsign_residual, r"at 2 places: .*layer 1 ffn_residual: .* of unsigned INT8"),
+        (sign_softmax, r"at 1 places: layer 0 softmax: .* on a grid of signed INT8"),
+        (sign_softmax_and_scale, r"at 1 places: layer 0 softmax: .* scales 0\.0"),
+        (widen_zero_point, r"layer 1 ffn_out_input: .* zero point 0 \(int16\)"),
+        (retype_half_a_pair, r"p_bmm.* quantizes to uint8 and dequantizes from int8"),
         (
             float_weight,
             r"layer 1 ffn_in_weight: .* is float, the recipe has it in INT8",
@@ -294,6 +377,21 @@ def test_damaged_graphs(calibrated: Calibrated, damage: Any, message: str) -> No
     damage(model)
     with pytest.raises(ExportError, match=message):
         count(source, model, source.plan)
+
+
+@pytest.mark.parametrize("unsigned", [True, False])
+def test_sign_of_the_probabilities(calibrated: Calibrated, unsigned: bool) -> None:
+    """A graph with the probabilities on the other grid is not the recipe's."""
+    source = calibrated("bert")
+    own, other = (
+        dataclasses.replace(source.plan, unsigned_softmax=value)
+        for value in (unsigned, not unsigned)
+    )
+    model = project(source, own)
+    census = count(source, model, own)
+    assert census.by_class["softmax"].quantized == 2
+    with pytest.raises(ExportError, match=r"at 2 places: layer 0 softmax: .*layer 1 s"):
+        count(source, model, other)
 
 
 @pytest.mark.parametrize(("graph", "plan"), [("full", "linear"), ("linear", "full")])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from int8qa.build.attention import ATTENTION
 from int8qa.build.checkpoint import (
     MAX_CONFIG_BYTES,
     demo_checkpoint_directory,
@@ -155,7 +156,7 @@ def test_unreachable_hub() -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_tiny_checkpoints_load(tiny_checkpoints: dict[str, Path], name: str) -> None:
-    """Each architecture loads in float32, with eager attention and its own limits."""
+    """Each architecture loads in float32, with our attention and its own limits."""
     import torch
 
     directory = tiny_checkpoints[name]
@@ -163,7 +164,7 @@ def test_tiny_checkpoints_load(tiny_checkpoints: dict[str, Path], name: str) -> 
     assert checkpoint.files.name == f"tiny-{name}"
     assert {p.dtype for p in checkpoint.model.parameters()} == {torch.float32}
     assert not checkpoint.model.training
-    assert checkpoint.model.config._attn_implementation == "eager"
+    assert checkpoint.model.config._attn_implementation == ATTENTION
     assert checkpoint.max_positions == POSITIONS
     assert checkpoint.takes_token_types == (name in {"bert", "electra"})
     assert checkpoint.pad_token_id == 0

@@ -324,7 +324,9 @@ def test_explain(run: Run, tiny_checkpoints: dict[str, Path], tmp_path: Path) ->
     _, out, _ = run(*explain, "full", "--weights", "per-tensor", "--json")
     grids = {(row["layer"], row["class"]): row["grid"] for row in json.loads(out)}
     assert grids.keys() == found.keys()
-    assert grids[1, "ffn_out_weight"] == grids[1, "softmax"] == "INT8"
+    assert grids[1, "ffn_out_weight"] == grids[1, "value"] == "INT8"
+    assert grids[1, "softmax"] == "UINT8"
+    assert grids[1, "ffn_output"] == "float"
     _, out, _ = run(*explain, "linear")
     lines = out.splitlines()
     assert "tiny-bert, recipe linear" in lines[0]

@@ -94,17 +94,39 @@ def heavy_tail(seed: int) -> Any:
     return np.random.default_rng(seed).standard_t(3, 20_000)
 
 
+@pytest.mark.parametrize("unsigned", [False, True])
 @pytest.mark.parametrize("bins", [130, 200, 300])
 @pytest.mark.parametrize("seed", range(3))
-def test_entropy_equals_modelopt(seed: int, bins: int) -> None:
-    """The fast search finds ModelOpt's own amax on any histogram."""
+def test_entropy_equals_modelopt(seed: int, bins: int, unsigned: bool) -> None:
+    """The fast search finds ModelOpt's own amax on any histogram, on either grid."""
     counts, edges = draw_histogram(seed, bins)
+    levels = 256 if unsigned else 128
     for stride, start_bin in ((1, 128), (3, 129)):
         wanted = calib.histogram._compute_amax_entropy(
-            counts.copy(), edges, 8, False, stride=stride, start_bin=start_bin
+            counts.copy(), edges, 8, unsigned, stride=stride, start_bin=start_bin
         )
-        found = search_entropy(counts, edges, stride=stride, start_bin=start_bin)
+        found = search_entropy(
+            counts, edges, stride=stride, start_bin=start_bin, levels=levels
+        )
         assert found == pytest.approx(float(wanted), rel=1e-6)
+
+
+def test_entropy_takes_the_grid_of_its_quantizer() -> None:
+    """A quantizer that is unsigned gets a cut-off for 256 levels, others for 128."""
+    values = np.abs(heavy_tail(3))
+    found = {}
+    for unsigned in (False, True):
+        histogram = ActivationHistogram(8, None, unsigned)
+        histogram.collect(torch.tensor(values.astype(np.float32)))
+        amax = histogram.compute_amax("entropy")
+        assert amax is not None
+        counts, edges = histogram.joined(SEARCH_BINS)
+        levels = 256 if unsigned else 128
+        found[unsigned] = float(amax)
+        assert found[unsigned] == pytest.approx(
+            search_entropy(counts, edges, levels=levels)
+        )
+    assert found[True] != found[False]
 
 
 def test_entropy_of_few_bins() -> None:
@@ -113,27 +135,30 @@ def test_entropy_of_few_bins() -> None:
     assert search_entropy(counts, edges) == edges[-1]
 
 
-def brute_force_mse(counts: np.ndarray, edges: np.ndarray) -> float:
-    """The bin centre whose grid of -127 … 127 loses least, candidate by candidate."""
+def brute_force_mse(counts: np.ndarray, edges: np.ndarray, most: int = 127) -> float:
+    """The bin centre whose grid of -most … most loses least, candidate by candidate."""
     centers = ((edges[1:] + edges[:-1]) / 2).astype(np.float64)
     losses = {}
     for amax in centers[128:]:
-        step = amax / 127
-        found = np.clip(np.rint(centers / step), -127, 127) * step
+        step = amax / most
+        found = np.clip(np.rint(centers / step), -most, most) * step
         losses[amax] = float(np.sum(counts * (found - centers) ** 2))
     best = min(losses.values())
     # float32, in which ModelOpt sums, cannot tell these apart.
     return float(next(a for a, loss in losses.items() if loss <= best * (1 + 1e-4)))
 
 
+@pytest.mark.parametrize("unsigned", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_mse_equals_brute_force(seed: int) -> None:
+def test_mse_equals_brute_force(seed: int, unsigned: bool) -> None:
     """The mse of each candidate grid, summed by hand, has its least where ours has."""
-    histogram = collect(heavy_tail(seed))
+    histogram = ActivationHistogram(8, None, unsigned)
+    histogram.collect(torch.tensor(np.abs(heavy_tail(seed)).astype(np.float32)))
     found = histogram.compute_amax("mse")
     assert found is not None
     counts, edges = histogram.joined(SEARCH_BINS)
-    assert float(found) == pytest.approx(brute_force_mse(counts, edges), rel=2e-3)
+    wanted = brute_force_mse(counts, edges, 255 if unsigned else 127)
+    assert float(found) == pytest.approx(wanted, rel=2e-3)
     assert histogram.peak / 20 < float(found) < histogram.peak
 
 

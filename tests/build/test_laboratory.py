@@ -36,9 +36,9 @@ from int8qa.errors import BuildError, DataFileError, ParityError
 CALIBRATORS = (Calibrator("max"), Calibrator("search"))
 SHAPES = ["1x32", "2x32"]
 GEMMS = 12
-TENSORS = 20
-"""Per layer what Q, K and V read, Q, K, V, softmax and context, the attention's output,
-both inputs of the feed-forward, and its output; residual branches are among them."""
+TENSORS = 16
+"""Per layer what Q, K and V read, Q, K, V, softmax and context, and both inputs of the
+feed-forward; residual branches are among them."""
 UNITS = 2 * 4 + 2 + 8 + 4
 """Of linear: four kernels in two layers, each layer, each kernel's input and weight in
 both layers, each kernel in both."""

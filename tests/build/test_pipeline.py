@@ -26,10 +26,11 @@ from int8qa.build.pipeline import (
     is_demo,
     list_advice,
 )
-from int8qa.build.quantization import RECIPES
+from int8qa.build.quantization import RECIPES, Recipe, Rule
 from int8qa.build.recipe_file import load_recipe
 from int8qa.build.report import BuildProgress
 from int8qa.build.repository import find_current
+from int8qa.build.sites import TensorClass
 from int8qa.build.subject import (
     QuestionSources,
     data_name,
@@ -430,9 +431,12 @@ def test_full_recipe(
     ints = manifest["models"]["int8"]["gemms"]
     assert ints.get("i8", 0) + ints.get("u8", 0) >= gemms
     by_class = census["by_class"]
-    parts = ("query", "key", "value", "softmax", "attention_output", "ffn_output")
-    for part in (*parts, "attention_residual", "ffn_residual"):
+    parts = ("query", "key", "value", "softmax", "attention_residual", "ffn_residual")
+    for part in parts:
         assert by_class[part] == {"sites": 2, "quantized": 2, "per_channel": 0}, part
+    for part in ("attention_output", "ffn_output"):
+        assert by_class[part] == {"sites": 2, "quantized": 0, "per_channel": 0}, part
+    assert manifest["recipe"]["unsigned_softmax"] is True
     assert by_class["layernorm_input"]["quantized"] == 0
     assert by_class["classifier_weight"]["quantized"] == 0
     weights = [count for part, count in by_class.items() if part.endswith("_weight")]
@@ -443,13 +447,29 @@ def test_full_recipe(
 
 @pytest.mark.usefixtures("one_shape")
 def test_coarse_and_shared_scales(built: Built, tmp_path: Path) -> None:
-    """One scale per weight, and one for Q, K and V, where the recipe says so."""
-    recipe = dataclasses.replace(RECIPES["full"], per_channel=False, share_qkv=True)
+    """Coarser grids, and more tensors than ``full`` has, where the recipe says so.
+
+    One scale per weight, one for Q, K and V, signed probabilities, both addends.
+    """
+    addends = (TensorClass.ATTENTION_OUTPUT, TensorClass.FFN_OUTPUT)
+    recipe = Recipe(
+        "coarse",
+        (
+            *RECIPES["full"].rules,
+            *(Rule(enable=True, tensor_class=one) for one in addends),
+        ),
+        per_channel=False,
+        share_qkv=True,
+        unsigned_softmax=False,
+    )
     options = options_for(built, tmp_path, recipe=recipe)
     manifest = build(options).manifest
     assert manifest["recipe"]["weights"] == "per-tensor"
     assert manifest["recipe"]["share_qkv"] is True
+    assert manifest["recipe"]["unsigned_softmax"] is False
     by_class = manifest["census"]["by_class"]
+    for part in ("attention_output", "ffn_output", "softmax"):
+        assert by_class[part] == {"sites": 2, "quantized": 2, "per_channel": 0}, part
     assert by_class["qkv_weight"] == {"sites": 6, "quantized": 6, "per_channel": 0}
     assert not any(count["per_channel"] for count in by_class.values())
     amax = manifest["activation_amax"]

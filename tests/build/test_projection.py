@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,13 @@ from tests.build.tiny import (
 )
 
 Calibrated = Callable[[str], CalibratedReader]
+SHARED = {
+    TensorClass.QKV_INPUT,
+    TensorClass.ATTENTION_RESIDUAL,
+    TensorClass.FFN_IN_INPUT,
+    TensorClass.FFN_RESIDUAL,
+}
+"""Classes whose sites read one tensor with others."""
 
 
 def open_graph(source: CalibratedReader) -> QuantizedGraph:
@@ -114,11 +122,11 @@ def test_everything_out_is_the_float_graph(calibrated: Calibrated) -> None:
     ("gone", "pairs"),
     [
         # Both of a row, its first, its last: GEMM and residual of the FFN.
-        ({TensorClass.FFN_IN_INPUT, TensorClass.FFN_RESIDUAL}, 18),
-        ({TensorClass.FFN_RESIDUAL}, 20),
-        ({TensorClass.FFN_IN_INPUT}, 20),
+        ({TensorClass.FFN_IN_INPUT, TensorClass.FFN_RESIDUAL}, 14),
+        ({TensorClass.FFN_RESIDUAL}, 16),
+        ({TensorClass.FFN_IN_INPUT}, 16),
         # Three pairs hang on one: those of Q, K and V.
-        ({TensorClass.QKV_INPUT, TensorClass.ATTENTION_RESIDUAL}, 18),
+        ({TensorClass.QKV_INPUT, TensorClass.ATTENTION_RESIDUAL}, 14),
     ],
     ids=lambda value: (
         "+".join(sorted(map(str, value))) if isinstance(value, set) else ""
@@ -142,6 +150,103 @@ def test_chains_of_pairs(
     assert differs(run(source, model), run(source, clean_graph(exported))) <= 1e-5
 
 
+def grid(model: onnx.ModelProto, site: str) -> tuple[Any, Any]:
+    """Scale and zero point of a site's pair, which both its nodes read."""
+    values = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    pair = [
+        node
+        for node in model.graph.node
+        if node.op_type in {"QuantizeLinear", "DequantizeLinear"}
+        and site_name(node) == site
+    ]
+    assert {node.op_type for node in pair} == {"QuantizeLinear", "DequantizeLinear"}
+    ((scale, zero_point),) = {tuple(node.input[1:]) for node in pair}
+    return values[scale], values[zero_point]
+
+
+@pytest.mark.parametrize("exported_unsigned", [True, False])
+@pytest.mark.parametrize("unsigned", [True, False])
+def test_unsigned_softmax(
+    calibrated: Calibrated, unsigned: bool, exported_unsigned: bool
+) -> None:
+    """Probabilities are UINT8 of amax / 255 or INT8 of amax / 127, whatever the export.
+
+    Everything else is INT8, and the graph runs as torch's fake quantization does.
+    """
+    source = calibrated("bert")
+    model = source.reader.model
+    exported_plan, plan = (
+        dataclasses.replace(source.plan, unsigned_softmax=value)
+        for value in (exported_unsigned, unsigned)
+    )
+    feed = random_feed(source.reader, [24, 17], 24)
+    real = feed[ATTENTION_MASK] == 1
+    try:
+        switch_quantizers(model, exported_plan)
+        exported = export_onnx(source.reader.wrapped, source.reader.inputs)
+        switch_quantizers(model, plan)
+        fake = [logits[real] for logits in source.reader.run_torch(feed)]
+    finally:
+        switch_quantizers(model, source.plan)
+    graph = QuantizedGraph(exported, exported_plan).project(plan, source.ranges)
+    for site in plan.activations:
+        if site.tensor_class in SHARED:
+            continue  # pairs that merge keep the name of one
+        scale, zero_point = grid(graph, site.name)
+        softmax = unsigned and site.tensor_class is TensorClass.SOFTMAX
+        assert zero_point.dtype == (np.uint8 if softmax else np.int8)
+        assert zero_point.item() == 0
+        steps = np.float32(255 if softmax else 127)
+        assert scale == np.float32(source.ranges[site.name]) / steps
+    assert differs(run(source, graph), fake) <= 1e-5
+
+
+@pytest.mark.parametrize("unsigned", [True, False])
+def test_fake_quantization_of_probabilities(
+    calibrated: Calibrated, unsigned: bool
+) -> None:
+    """ModelOpt's quantizer of a softmax and the pair in ONNX Runtime: the same levels."""
+    import torch
+
+    source = calibrated("bert")
+    plan = dataclasses.replace(source.plan, unsigned_softmax=unsigned)
+    (site, *_) = [s for s in plan.sites if s.tensor_class is TensorClass.SOFTMAX]
+    scale, zero_point = grid(open_graph(source).project(plan, source.ranges), site.name)
+    # Half a step beside every middle between two levels, where rounding is settled,
+    # up to twice the range, which is cut off.
+    amax = np.float32(source.ranges[site.name])
+    values = np.linspace(0.0, 2.0 * amax, 4001, dtype=np.float32)
+    steps = values / scale
+    values = values[np.abs(steps - np.floor(steps) - 0.5) > 1e-3]
+    quantizer = source.reader.model.get_submodule(site.name)
+    try:
+        switch_quantizers(source.reader.model, plan)
+        fake = quantizer(torch.from_numpy(values)).numpy()
+    finally:
+        switch_quantizers(source.reader.model, source.plan)
+    kind = onnx.TensorProto.FLOAT
+    nodes = [
+        onnx.helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        onnx.helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+    ]
+    pair = onnx.helper.make_graph(
+        nodes,
+        "pair",
+        [onnx.helper.make_tensor_value_info("x", kind, values.shape)],
+        [onnx.helper.make_tensor_value_info("y", kind, values.shape)],
+        [
+            onnx.numpy_helper.from_array(np.asarray(array), name)
+            for name, array in (("s", scale), ("z", zero_point))
+        ],
+    )
+    opset = [onnx.helper.make_opsetid("", 17)]
+    model = onnx.helper.make_model(pair, opset_imports=opset, ir_version=8)
+    (found,) = run_onnx(model, {"x": values})
+    np.testing.assert_allclose(found, fake, rtol=1e-6, atol=1e-9)
+    assert len(np.unique(np.rint(found / scale))) == (256 if unsigned else 128)
+    assert found.max() == pytest.approx(amax, rel=1e-6)
+
+
 def test_projecting_leaves_the_export_alone(calibrated: Calibrated) -> None:
     """One graph gives any number of projections."""
     source = calibrated("electra")
@@ -162,7 +267,7 @@ def test_missing_site(calibrated: Calibrated) -> None:
             node.name = "lost"
     with pytest.raises(
         ExportError,
-        match=r"at 39 of the 40 .*full.*missing: .*1.*p_bmm_quantizer; not",
+        match=r"at 35 of the 36 .*full.*missing: .*1.*p_bmm_quantizer; not",
     ):
         QuantizedGraph(exported, source.plan)
 

@@ -12,6 +12,7 @@ from int8qa.build.quantization import (
     Recipe,
     Rule,
     insert_quantizers,
+    join_plans,
     quantizers_by_name,
     quantizers_off,
     switch_quantizers,
@@ -52,7 +53,7 @@ def test_linear_recipe(name: str) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_full_recipe(name: str) -> None:
-    """Besides, the four operands of attention and both addends of each residual add."""
+    """Besides, the four operands of attention and each residual add's other branch."""
     _, sites = insert_and_find(name)
     linear, full = (RECIPES[recipe].choose(sites) for recipe in ("linear", "full"))
     assert linear.names < full.names
@@ -64,12 +65,64 @@ def test_full_recipe(name: str) -> None:
             TensorClass.KEY,
             TensorClass.VALUE,
             TensorClass.SOFTMAX,
-            TensorClass.ATTENTION_OUTPUT,
             TensorClass.ATTENTION_RESIDUAL,
-            TensorClass.FFN_OUTPUT,
             TensorClass.FFN_RESIDUAL,
         ]
     )
+
+
+def test_both_addends() -> None:
+    """A recipe of one's own adds what ``full`` leaves to fuse with its GEMM."""
+    sites = insert_and_find("bert")[1]
+    addends = (TensorClass.ATTENTION_OUTPUT, TensorClass.FFN_OUTPUT)
+    rules = tuple(Rule(enable=True, tensor_class=one) for one in addends)
+    both = Recipe("both", (*RECIPES["full"].rules, *rules)).choose(sites)
+    full = RECIPES["full"].choose(sites)
+    added = [s.tensor_class for s in both.sites if s.name not in full.names]
+    assert (len(full.sites), len(both.sites)) == (36, 40)
+    assert sorted(added) == sorted(2 * addends)
+
+
+@pytest.mark.parametrize("unsigned", [True, False])
+def test_unsigned_softmax(unsigned: bool) -> None:
+    """The recipe decides for softmax outputs; nothing else is ever unsigned."""
+    reader, sites = insert_and_find("bert")
+    rules = (Rule(enable=True, pattern="*"),)
+    recipe = Recipe("all", rules, unsigned_softmax=unsigned)
+    plan = recipe.choose(sites)
+    probabilities = {s.name for s in sites if s.tensor_class is TensorClass.SOFTMAX}
+    assert len(probabilities) == 2
+    assert plan.unsigned == (probabilities if unsigned else set())
+    kind = "UINT8" if unsigned else "INT8"
+    for site in sites:
+        if site.is_weight:
+            assert plan.describe_grid(site) == "INT8 per channel"
+        else:
+            expected = kind if site.name in probabilities else "INT8"
+            assert plan.describe_grid(site) == expected
+    switch_quantizers(reader.model, plan)
+    on = {n for n, q in quantizers_by_name(reader.model).items() if q.unsigned}
+    assert on == plan.unsigned
+    # What is not quantized is on no grid.
+    assert not plan.without(frozenset(probabilities)).unsigned
+    smaller = plan.without(frozenset(sorted(probabilities)[:1]))
+    assert smaller.unsigned == plan.unsigned & smaller.names
+
+
+def test_unsigned_is_the_default() -> None:
+    """Recipes that say nothing have it, the built-in ones too."""
+    assert Recipe("x", (ON,)).unsigned_softmax
+    assert all(recipe.unsigned_softmax for recipe in RECIPES.values())
+    assert RECIPES["linear"].choose(SITES).unsigned == set()
+
+
+def test_joined_plans_and_the_sign() -> None:
+    """One recipe that wants signed probabilities has them in the common export."""
+    sites = insert_and_find("bert")[1]
+    full = RECIPES["full"].choose(sites)
+    signed = dataclasses.replace(full, unsigned_softmax=False)
+    assert join_plans([full, full]).unsigned == full.unsigned
+    assert not join_plans([full, signed]).unsigned
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
@@ -85,6 +138,7 @@ def test_switching(recipe: str) -> None:
     for name, quantizer in quantizers.items():
         assert quantizer.is_enabled == (name in plan.names)
         assert quantizer.num_bits == 8
+        assert quantizer.unsigned == (name in plan.unsigned)
         if name.endswith("weight_quantizer"):
             assert quantizer.axis == 0
         else:
@@ -96,11 +150,16 @@ def test_switching_again() -> None:
     """A second plan leaves nothing of the first, its grids included."""
     reader, sites = insert_and_find("bert")
     switch_quantizers(reader.model, RECIPES["full"].choose(sites))
-    other = Recipe("a", RECIPES["linear"].rules, per_channel=False).choose(sites)
+    rules = RECIPES["full"].rules
+    other = Recipe("a", rules, per_channel=False, unsigned_softmax=False).choose(sites)
     switch_quantizers(reader.model, other)
     quantizers = quantizers_by_name(reader.model)
     assert {n for n, q in quantizers.items() if q.is_enabled} == other.names
     assert {quantizers[n].axis for n in other.names} == {None}
+    assert {quantizers[n].unsigned for n in other.names} == {False}
+    linear = RECIPES["linear"].choose(sites)
+    switch_quantizers(reader.model, linear)
+    assert {n for n, q in quantizers.items() if q.is_enabled} == linear.names
 
 
 def test_quantizers_off() -> None:

@@ -75,6 +75,7 @@ def test_every_field(tmp_path: Path) -> None:
         base: full
         weights: per-tensor
         share_qkv: true
+        unsigned_softmax: false
         rules:
           - class: softmax
             enable: false
@@ -94,14 +95,16 @@ def test_every_field(tmp_path: Path) -> None:
         ),
         per_channel=False,
         share_qkv=True,
+        unsigned_softmax=False,
     )
 
 
 def test_defaults(tmp_path: Path) -> None:
-    """No base, per-channel weights, nothing shared."""
+    """No base, per-channel weights, nothing shared, probabilities unsigned."""
     path = write(tmp_path, "name: a\nrules:\n- class: qkv_weight\n")
     rules = (Rule(enable=True, tensor_class=TensorClass.QKV_WEIGHT),)
     assert load_recipe(path) == Recipe("a", rules)
+    assert load_recipe(path).unsigned_softmax
 
 
 def test_later_rules_win(tmp_path: Path) -> None:
@@ -169,6 +172,14 @@ def test_later_rules_win(tmp_path: Path) -> None:
         (
             "name: a\nbase: full\nshare_qkv: 1\n",
             r"share_qkv \(line 3\) is 1: .*boolean",
+        ),
+        (
+            "name: a\nbase: full\nunsigned_softmax: int8\n",
+            r"unsigned_softmax \(line 3\) is 'int8': .*boolean",
+        ),
+        (
+            "name: a\nbase: full\nunsigned_softmx: true\n",
+            r"unsigned_softmx \(line 3\) is no field: .*mean unsigned_softmax\?\)",
         ),
         ("name: a\nrules: softmax\n", r"rules \(line 2\) is 'softmax': .*list"),
         ("name: a\nrules:\n- softmax\n", r"rules\.0 \(line 3\) is 'softmax'"),

@@ -207,7 +207,7 @@ def test_repeated_modules(windows: list[Window]) -> None:
     sites = find_sites(reader, inputs)
     names = [site.name for site in sites]
     assert len(names) == len(set(names))
-    with pytest.raises(RecipeError, match=r"class attention_output, which this model"):
+    with pytest.raises(RecipeError, match=r"class ffn_residual, which this model"):
         RECIPES["full"].choose(sites)
     plan = RECIPES["linear"].choose(sites)
     gemms = sum(site.is_weight for site in plan.sites)

@@ -10,7 +10,8 @@ from google.protobuf import text_format
 
 from int8qa.build.engines.openvino import PRECISION_HINTS
 from int8qa.build.export import model_inputs
-from int8qa.build.pipeline import BATCH_SIZES, BUCKET_STEP, MAX_WINDOW_TOKENS
+from int8qa.build.pipeline import BATCH_SIZES
+from int8qa.build.subject import BUCKET_STEP, MAX_WINDOW_TOKENS
 from int8qa.build.triton_config import openvino_model_config, parse_config
 from int8qa.contract import Precision
 from int8qa.errors import RepositoryError

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from int8qa.build.quantization import RECIPES, Plan
+from int8qa.build.quantization import RECIPES, Plan, Recipe, Rule
 from int8qa.build.sites import Site, TensorClass
 from int8qa.build.units import (
     KERNELS,
@@ -21,6 +21,15 @@ EVERY = [(name, recipe) for name in ARCHITECTURES for recipe in RECIPES]
 GEMM_KERNELS = {"qkv", "attention_output", "ffn_in", "ffn_out"}
 FLOAT_KERNELS = {"scores", "context", "attention_add", "ffn_add"}
 HIDDEN = 32
+BOTH = Recipe(
+    "both",
+    (
+        *RECIPES["full"].rules,
+        Rule(enable=True, tensor_class=TensorClass.ATTENTION_OUTPUT),
+        Rule(enable=True, tensor_class=TensorClass.FFN_OUTPUT),
+    ),
+)
+"""Both addends of every residual add."""
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +82,9 @@ def test_only_and_all_but(sites: dict[str, list[Site]], name: str, recipe: str) 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_operands_are_one_unit(sites: dict[str, list[Site]], name: str) -> None:
-    """What one GEMM or one add reads goes together: half in INT8 gains nothing."""
+    """What one GEMM or one add reads goes together, as far as a recipe has it."""
     classes = {site.name: site.tensor_class for site in sites[name]}
-    units = split_units(RECIPES["full"].choose(sites[name]))
+    units = split_units(BOTH.choose(sites[name]))
     found = {unit.kernel: {classes[site] for site in unit.sites} for unit in units}
     for kernel, operands in {
         "scores": {TensorClass.QUERY, TensorClass.KEY},
@@ -88,6 +97,10 @@ def test_operands_are_one_unit(sites: dict[str, list[Site]], name: str) -> None:
         "attention_output": {TensorClass.CONTEXT, TensorClass.ATTENTION_OUTPUT_WEIGHT},
     }.items():
         assert found[kernel] == operands
+    units = split_units(RECIPES["full"].choose(sites[name]))
+    found = {unit.kernel: {classes[site] for site in unit.sites} for unit in units}
+    assert found["attention_add"] == {TensorClass.ATTENTION_RESIDUAL}
+    assert found["ffn_add"] == {TensorClass.FFN_RESIDUAL}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

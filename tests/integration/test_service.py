@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import InferenceClient
 
-from int8qa.build.pipeline import questions_file
+from int8qa.build.subject import questions_file
 from int8qa.cli import SAMPLE_CONTEXT, SAMPLE_QUESTION
 from int8qa.reader.squad import load_questions
 from tests.integration.conftest import (

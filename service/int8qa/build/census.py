@@ -16,7 +16,7 @@ import numpy as np
 
 from int8qa.build.calibration import Ranges
 from int8qa.build.graph import DEQUANTIZE, QUANTIZE
-from int8qa.build.projection import INT8_MAX
+from int8qa.build.projection import INT8_MAX, make_scale
 from int8qa.build.quantization import Plan
 from int8qa.build.sites import Site, TensorClass
 from int8qa.build.wiring import Wiring
@@ -129,8 +129,8 @@ class _Inspector:
             return False, False
 
     def _scale(self, name: str) -> np.ndarray[Any, Any]:
-        amax = np.asarray(self._ranges[name], np.float32)
-        return amax / np.float32(INT8_MAX)
+        unsigned = name in self._plan.unsigned
+        return make_scale(self._ranges[name], unsigned=unsigned)
 
     def _inspect_weight(self, site: Site) -> tuple[bool, bool]:
         module = site.name.rpartition(".")[0]
@@ -218,6 +218,11 @@ class _Inspector:
                     f"{site.name} passes Q/DQ pairs with scales "
                     f"{_list_scales(trace.scales)}; the recipe wants "
                     f"{_list_scales(wanted)}"
+                )
+            if trace.unsigned is not (site.name in self._plan.unsigned):
+                has = "unsigned" if trace.unsigned else "signed"
+                raise ExportError(
+                    f"{site.name} is on a grid of {has} INT8, against the recipe"
                 )
         return all(trace.scales for trace in traces)
 

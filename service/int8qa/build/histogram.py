@@ -102,7 +102,10 @@ class ActivationHistogram(HistogramCalibrator):  # type: ignore[misc]
             return super().compute_amax(method, percentile=percentile)
         counts, edges = self.joined(SEARCH_BINS)
         if method == "entropy":
-            amax = search_entropy(counts, edges, stride=stride, start_bin=start_bin)
+            levels = _LEVELS << int(self._unsigned)
+            amax = search_entropy(
+                counts, edges, stride=stride, start_bin=start_bin, levels=levels
+            )
             return torch.tensor(amax)
         upstream = calib.histogram
         broken = upstream.fake_tensor_quant
@@ -136,6 +139,7 @@ def search_entropy(
     *,
     stride: int = 1,
     start_bin: int = 128,
+    levels: int = _LEVELS,
 ) -> float:
     """The cut-off at which INT8 loses least of the histogram's information.
 
@@ -149,6 +153,7 @@ def search_entropy(
         edges: of the bins, float64 [bins + 1].
         stride: bins between two candidates.
         start_bin: first candidate.
+        levels: of the grid, 128 for absolute values of INT8, 256 for UINT8.
 
     Source: S. Migacz, 8-bit Inference with TensorRT, GTC 2017, slides 26-38.
     """
@@ -161,11 +166,9 @@ def search_entropy(
     for i in candidates:
         head = bins[:i]
         filled = np.flatnonzero(head)
-        level = (
-            np.searchsorted(np.linspace(0, i, _LEVELS + 1), filled, side="right") - 1
-        )
-        total = np.bincount(level, weights=head[filled], minlength=_LEVELS)
-        share = np.bincount(level, minlength=_LEVELS)
+        level = np.searchsorted(np.linspace(0, i, levels + 1), filled, side="right") - 1
+        total = np.bincount(level, weights=head[filled], minlength=levels)
+        share = np.bincount(level, minlength=levels)
         spread = np.zeros(i)
         spread[filled] = (total / np.maximum(share, 1))[level]
         reference = head.copy()

@@ -196,6 +196,7 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
         "name": recipe.name,
         "weights": "per-channel" if recipe.per_channel else "per-tensor",
         "share_qkv": recipe.share_qkv,
+        "unsigned_softmax": recipe.unsigned_softmax,
         "rules": [
             {
                 "subject": rule.subject,

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 INT8_MAX = 127.0
 """A symmetric grid uses -127 … 127, so that no value has a partner beyond it."""
+UINT8_MAX = 255.0
+"""Of a grid for values that are never negative; its zero point is 0 too."""
 
 
 class QuantizedGraph:
@@ -69,7 +71,8 @@ class QuantizedGraph:
                     read = node.input[0]
                     bypassed[node.output[0]] = bypassed.get(read, read)
             elif node.op_type in {QUANTIZE, DEQUANTIZE}:
-                _set_grid(node, ranges[name], values, name)
+                unsigned = name in plan.unsigned
+                _set_grid(node, ranges[name], values, name, unsigned=unsigned)
         for node in model.graph.node:
             for index, read in enumerate(node.input):
                 node.input[index] = bypassed.get(read, read)
@@ -92,20 +95,29 @@ class _Values:
         return name
 
 
-def _set_grid(node: onnx.NodeProto, amax: Any, values: _Values, site: str) -> None:
+def make_scale(amax: Any, *, unsigned: bool) -> np.ndarray[Any, Any]:
+    """The step of a grid that reaches ``amax``, float32 of its shape."""
+    most = UINT8_MAX if unsigned else INT8_MAX
+    return np.asarray(amax, np.float32) / np.float32(most)
+
+
+def _set_grid(
+    node: onnx.NodeProto, amax: Any, values: _Values, site: str, *, unsigned: bool
+) -> None:
     """Scale and zero point of one Q or DQ node: per tensor, or along axis 0."""
     from onnx import helper
 
-    amax = np.asarray(amax, np.float32)
-    scale = (amax / np.float32(INT8_MAX)).reshape(-1)
-    per_channel = amax.ndim > 0
+    scale = make_scale(amax, unsigned=unsigned)
+    per_channel = scale.ndim > 0
+    scale = scale.reshape(-1)
     del node.attribute[:]
     if per_channel:
         node.attribute.append(helper.make_attribute("axis", 0))
     else:
         scale = scale.reshape(())
     node.input[1] = values.put(f"{site}.scale", scale)
-    node.input[2] = values.put(f"{site}.zero_point", np.zeros(scale.shape, np.int8))
+    zero = np.zeros(scale.shape, np.uint8 if unsigned else np.int8)
+    node.input[2] = values.put(f"{site}.zero_point", zero)
 
 
 def site_name(node: onnx.NodeProto) -> str | None:

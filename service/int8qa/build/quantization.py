@@ -14,7 +14,7 @@ import heapq
 import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from int8qa.build.sites import Site, TensorClass
@@ -62,6 +62,9 @@ class Recipe:
     share_qkv: bool = False
     """One scale for query, key and value, and one for their three weights if these
     have one per tensor: what a fused QKV GEMM needs."""
+    unsigned_softmax: bool = True
+    """Softmax outputs, which are never negative, on 0 … 255 instead of -127 … 127:
+    half the step. For engines that have unsigned INT8; TensorRT has not."""
 
     def choose(self, sites: Sequence[Site]) -> Plan:
         """The sites this recipe quantizes.
@@ -90,6 +93,7 @@ class Recipe:
             tuple(site for site in sites if site.name in grids),
             grids,
             share_qkv=self.share_qkv,
+            unsigned_softmax=self.unsigned_softmax,
         )
         if not any(site.is_weight and site.macs_per_token for site in plan.sites):
             raise RecipeError(
@@ -110,11 +114,21 @@ class Plan:
     per_channel: Mapping[str, bool]
     """By site name."""
     share_qkv: bool = False
+    unsigned_softmax: bool = True
 
     @property
     def names(self) -> frozenset[str]:
         """Names of the quantized sites."""
         return frozenset(site.name for site in self.sites)
+
+    @property
+    def unsigned(self) -> frozenset[str]:
+        """Names of the sites on an unsigned grid."""
+        return frozenset(
+            site.name
+            for site in self.sites
+            if self.unsigned_softmax and site.tensor_class is TensorClass.SOFTMAX
+        )
 
     @property
     def activations(self) -> list[Site]:
@@ -132,15 +146,17 @@ class Plan:
         )
 
     def describe_grid(self, site: Site) -> str:
-        """For people: ``float``, ``INT8`` or ``INT8 per channel``."""
+        """For people: ``float``, ``INT8``, ``UINT8`` or ``INT8 per channel``."""
         if site.name not in self.names:
             return "float"
+        if site.name in self.unsigned:
+            return "UINT8"
         return "INT8 per channel" if self.per_channel[site.name] else "INT8"
 
     def without(self, names: frozenset[str]) -> Plan:
         """The same plan with some sites left in float."""
         kept = tuple(site for site in self.sites if site.name not in names)
-        return Plan(self.recipe, kept, self.per_channel, self.share_qkv)
+        return replace(self, sites=kept)
 
 
 def join_plans(plans: Sequence[Plan]) -> Plan:
@@ -152,6 +168,7 @@ def join_plans(plans: Sequence[Plan]) -> Plan:
         tuple(sites.values()),
         names,
         share_qkv=len(plans) == 1 and plans[0].share_qkv,
+        unsigned_softmax=all(plan.unsigned_softmax for plan in plans),
     )
 
 
@@ -176,9 +193,7 @@ _ATTENTION_AND_RESIDUAL_CLASSES = (
     TensorClass.KEY,
     TensorClass.VALUE,
     TensorClass.SOFTMAX,
-    TensorClass.ATTENTION_OUTPUT,
     TensorClass.ATTENTION_RESIDUAL,
-    TensorClass.FFN_OUTPUT,
     TensorClass.FFN_RESIDUAL,
 )
 _LINEAR_RULES = (
@@ -190,8 +205,8 @@ RECIPES: dict[str, Recipe] = {
     # The GEMMs that have weights. FasterTransformer's mode 1 runs attention's own
     # GEMMs in INT8 as well (docs/quantization.md has the table).
     "linear": Recipe("linear", _LINEAR_RULES),
-    # Also attention's GEMMs and both addends of the residual adds: the reach of
-    # FasterTransformer's mode 2.
+    # Also attention's GEMMs and the residual branches, as FasterTransformer 3.0's
+    # mode 2; the other addend stays in float, where it fuses with its GEMM.
     "full": Recipe(
         "full",
         (
@@ -304,6 +319,7 @@ def switch_quantizers(model: torch.nn.Module, plan: Plan) -> None:
             quantizer.enable()
             if name.endswith("weight_quantizer"):
                 quantizer.axis = 0 if plan.per_channel[name] else None
+            quantizer.unsigned = name in plan.unsigned
         else:
             quantizer.disable()
 

@@ -100,6 +100,7 @@ class _RecipeModel(BaseModel):
     base: str | None = None
     weights: Literal["per-channel", "per-tensor"] = "per-channel"
     share_qkv: bool = False
+    unsigned_softmax: bool = True
     rules: list[_RuleModel] = Field(default_factory=list, max_length=MAX_RULES)
 
     @field_validator("name")
@@ -165,6 +166,7 @@ def load_recipe(name_or_path: str) -> Recipe:
         rules=(*base, *(rule.to_rule() for rule in model.rules)),
         per_channel=model.weights == "per-channel",
         share_qkv=model.share_qkv,
+        unsigned_softmax=model.unsigned_softmax,
     )
 
 

@@ -1,7 +1,7 @@
 """What each part of the model costs in INT8: quantized alone, and left out alone.
 
 In: an exported graph with ranges, evaluation questions, float32's answers. Out: per
-unit (kernel, layer, tensor class, kernel over all layers) the accuracy of both, ordered.
+unit (kernel, layer, tensor class, kernel of all layers) the accuracy of both, ordered.
 Every measurement is kept in a file at once, so that a run that was cut short goes on
 where it stopped.
 """

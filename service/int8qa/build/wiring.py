@@ -32,6 +32,8 @@ class Trace:
     """Name of the module that made the tensor."""
     operator: str
     """Type of the node that made it; empty for a graph input."""
+    unsigned: bool = False
+    """Whether the pair next to the reader is one of UINT8."""
 
 
 class Wiring:
@@ -98,15 +100,18 @@ class Wiring:
             ExportError: a pair on the way is not symmetric INT8 with one scale.
         """
         scales: list[float] = []
+        unsigned = False
         while True:
             node = self.producers.get(name)
             if node is None:
-                return Trace(tuple(scales[::-1]), "", "")
+                return Trace(tuple(scales[::-1]), "", "", unsigned)
             if node.op_type == DEQUANTIZE:
                 read = self._pair_input(name)
                 if read is None:
                     break
                 scales.append(self._check_pair(node))
+                if len(scales) == 1:
+                    unsigned = self.values[node.input[2]].dtype == np.uint8
                 name = read
             elif node.op_type in {"Transpose", "Reshape"}:
                 name = node.input[0]
@@ -115,7 +120,8 @@ class Wiring:
                 name = next(n for n in node.input if n not in self.values)
             else:
                 break
-        return Trace(tuple(scales[::-1]), self._find_module(node), node.op_type)
+        source = self._find_module(node)
+        return Trace(tuple(scales[::-1]), source, node.op_type, unsigned)
 
     def _check_pair(self, dequantize: onnx.NodeProto) -> float:
         quantize = self.producers[dequantize.input[0]]
@@ -127,11 +133,16 @@ class Wiring:
         for grid in grids:
             if len(grid) != 2 or any(part.size != 1 for part in grid):
                 raise ExportError(f"{where} has not one scale and one zero point")
-            if grid[1].dtype != np.int8 or grid[1].item() != 0:
+            if grid[1].dtype.name not in {"int8", "uint8"} or grid[1].item() != 0:
                 raise ExportError(
                     f"{where} has zero point {grid[1].item()} ({grid[1].dtype}), not "
-                    f"0 (int8)"
+                    f"0 (int8, or uint8 for a softmax)"
                 )
+        if grids[0][1].dtype != grids[1][1].dtype:
+            raise ExportError(
+                f"{where} quantizes to {grids[0][1].dtype} and dequantizes from "
+                f"{grids[1][1].dtype}"
+            )
         if grids[0][0].item() != grids[1][0].item():
             raise ExportError(
                 f"{where} quantizes by {grids[0][0].item()} and dequantizes by "
