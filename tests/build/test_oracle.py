@@ -251,21 +251,21 @@ pytestmark = pytest.mark.model
 
 QUESTIONS = 40
 SMALL = 3
-BLOCK_TOLERANCE = {"linear": 3e-3, "full": 1.5e-2}
+BLOCK_TOLERANCE = {"linear": 3e-3, "full": 6e-3}
 """Root mean square deviation of a block's output, as a share of its own. Measured: at
-most 1.1e-3 and 7.2e-3 (torch), 1.2e-3 and 2.4e-3 (OpenVINO); test_wrong_scale_is_seen
+most 1.1e-3 and 2.1e-3 (torch), 1.2e-3 and 1.2e-3 (OpenVINO); test_wrong_scale_is_seen
 tells what it would catch."""
 LOGIT_TOLERANCE = 0.15
-"""Largest logit deviation after a whole layer. Measured: 0.030 (linear), 0.063 (full);
+"""Largest logit deviation after a whole layer. Measured: 0.030 (linear), 0.039 (full);
 logits reach 6."""
 AGREEMENT = 0.99
 """Least share of equal answers after a whole layer. Measured: 1.0."""
 END_TO_END_SHARE = 0.6
 """OpenVINO against ONNX Runtime over all layers, as a share of INT8's deviation from
-FP32. Measured: 0.30 (linear), 0.37 (linear, smoothed), 0.36 (full). Torch in float64
-against float32: 0.19, 0.35, 0.29."""
+FP32. Measured: 0.30 (linear), 0.37 (linear, smoothed), 0.39 (full). Torch in float64
+against float32: 0.19, 0.35, 0.31."""
 END_TO_END_AGREEMENT = 0.85
-"""Measured: 0.95, 1.0, 0.975. Torch in float64 against float32: 0.975, 0.95, 0.925."""
+"""Measured: 0.95, 1.0, 0.925. Torch in float64 against float32: 0.975, 0.95, 0.95."""
 VARIANTS = (("linear", False), ("linear", True), ("full", False))
 
 

@@ -168,7 +168,12 @@ def join_plans(plans: Sequence[Plan]) -> Plan:
         tuple(sites.values()),
         names,
         share_qkv=len(plans) == 1 and plans[0].share_qkv,
-        unsigned_softmax=all(plan.unsigned_softmax for plan in plans),
+        # A plan without softmax sites has no say in their grid.
+        unsigned_softmax=all(
+            plan.unsigned_softmax
+            for plan in plans
+            if any(site.tensor_class is TensorClass.SOFTMAX for site in plan.sites)
+        ),
     )
 
 
