@@ -18,10 +18,20 @@ import pytest
 import structlog
 
 from int8qa import __version__, cli, errors
+from tests.build.builds import make_outcome
 from tests.stub_gateway import Reply, answer_reply, problem_reply, run_gateway
 
 COMMANDS = (
-    *("build", "calibrate-compare", "sensitivity", "up", "serve", "ask", "evaluate"),
+    *(
+        "build",
+        "calibrate-compare",
+        "sensitivity",
+        "up",
+        "serve",
+        "triton",
+        "ask",
+        "evaluate",
+    ),
 )
 SQUAD = {
     "data": [
@@ -168,7 +178,7 @@ def test_usage_error(run: Run, arguments: tuple[str, ...]) -> None:
     assert "Error" in finished.err
 
 
-@pytest.mark.parametrize("command", ["build", "up", "serve"])
+@pytest.mark.parametrize("command", ["build", "up", "serve", "triton"])
 @pytest.mark.parametrize(
     ("name", "value"), [("INT8QA_PROT", "1"), ("INT8QA_PORT", "99999")]
 )
@@ -218,30 +228,6 @@ def test_build_over_foreign_files(run: Run, tmp_path: Path) -> None:
     (target / "thesis.txt").write_text("")
     finished = run("build", "--model-repository", target)
     check_one_line(finished, 73, "thesis.txt", "give an empty directory")
-
-
-def make_outcome(*, cached: bool) -> Any:
-    from int8qa.build.pipeline import BuildOutcome
-
-    accuracy = {
-        "f1": 75.0,
-        "exact_match": 60.0,
-        "f1_ratio": 1.0,
-        "f1_ratio_margin": 0.004,
-        "agreement": 1.0,
-        "max_logit_deviation": 0.0,
-    }
-    model = {"accuracy": accuracy, "execution": "i8", "size_bytes": 10**6}
-    manifest = {
-        "checkpoint": {"name": "acme/lesé"},
-        "device": "CPU",
-        "latency_ms": {"1x128": {"int8": 1.0}},
-        "models": {"int8": model},
-        "remarks": [],
-        "verdict": "Verdict: none.",
-    }
-    contract: Any = None
-    return BuildOutcome(contract, manifest, cached=cached)
 
 
 def test_ask(run: Run, context_file: Path) -> None:

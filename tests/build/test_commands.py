@@ -15,11 +15,11 @@ import typer
 from int8qa import cli
 from int8qa.build import laboratory, pipeline
 from int8qa.build.calibration import Calibrator, Method
-from int8qa.build.commands import CalibratorMethod
-from int8qa.build.laboratory import ALL_CALIBRATORS, LaboratoryOptions
-from int8qa.build.pipeline import BuildOptions, BuildOutcome
+from int8qa.build.options import ALL_CALIBRATORS, BuildOptions, LaboratoryOptions
+from int8qa.build.pipeline import BuildOutcome
 from int8qa.build.quantization import RECIPES
 from int8qa.build.subject import QuestionSources
+from tests.build.builds import VERDICT, make_outcome
 
 COMMANDS = ("build", "calibrate-compare", "sensitivity")
 Run = Callable[..., tuple[int, str, str]]
@@ -96,29 +96,6 @@ def test_help(run: Run, command: str) -> None:
     assert [name for name in options if name not in words] == []
 
 
-def make_outcome(*, cached: bool) -> BuildOutcome:
-    accuracy = {
-        "f1": 75.0,
-        "exact_match": 60.0,
-        "f1_ratio": 1.0,
-        "f1_ratio_margin": 0.004,
-        "agreement": 1.0,
-        "max_logit_deviation": 0.0,
-    }
-    model = {"accuracy": accuracy, "execution": "i8", "size_bytes": 10**6}
-    manifest = {
-        "checkpoint": {"name": "acme/lesé"},
-        "device": "CPU",
-        "latency_ms": {"1x128": {"int8": 1.0}},
-        "models": {"int8": model},
-        "remarks": [],
-        "mixed": None,
-        "verdict": "On CPU, INT8 is what it is.",
-    }
-    contract: Any = None
-    return BuildOutcome(contract, manifest, cached=cached)
-
-
 def test_build_options(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -173,7 +150,7 @@ def test_build_output(run: Run, monkeypatch: pytest.MonkeyPatch, cached: bool) -
     monkeypatch.setattr(pipeline, "build_repository", lambda options: outcome)
     _, out, err = run("build")
     assert out == ""
-    assert "On CPU, INT8 is what it is." in err
+    assert VERDICT in err
     assert ("nothing to do" in err) == cached
     _, out, err = run("build", "--json")
     assert json.loads(out) == outcome.manifest
@@ -349,6 +326,84 @@ def test_explain_of_a_pattern_without_a_match(
     check_one_line(finished, 78, "'*.layer.7.*'", "nearest are called")
 
 
-def test_choices_are_the_builds() -> None:
-    """What the parser offers is what the build stage knows."""
-    assert {choice.value for choice in CalibratorMethod} == set(Method.__args__)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_method_is_offered(run: Run, command: str) -> None:
+    """What the help names is what the build stage knows."""
+    _, out, _ = run(command, "--help")
+    words = out.replace(",", " ").replace(".", " ").split()
+    for method in Method.__args__:
+        assert (f"{method}-N" if method == "percentile" else method) in words
+
+
+def choose(run: Run, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Calibrator:
+    """The calibrator that a build with these arguments gets."""
+    seen: list[Calibrator] = []
+
+    def fake(options: BuildOptions) -> BuildOutcome:
+        seen.append(options.calibrator)
+        return make_outcome(cached=True)
+
+    monkeypatch.setattr(pipeline, "build_repository", fake)
+    code, _, err = run("build", *arguments)
+    assert code == 0, err
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "calibrator"),
+    [
+        ((), Calibrator()),
+        (("--calibrator", "percentile"), Calibrator()),
+        (("--percentile", "99.9"), Calibrator("percentile", 99.9)),
+        (
+            ("--calibrator", "percentile", "--percentile", "99.9"),
+            Calibrator("percentile", 99.9),
+        ),
+        (("--calibrator", "percentile-99.99"), Calibrator("percentile", 99.99)),
+        # Both, and of one mind.
+        (
+            ("--calibrator", "percentile-99.90", "--percentile", "99.9"),
+            Calibrator("percentile", 99.9),
+        ),
+        (("--calibrator", "entropy"), Calibrator("entropy")),
+    ],
+)
+def test_calibrator_of_a_build(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    calibrator: Calibrator,
+) -> None:
+    """By its method with --percentile, or by the name the other commands take."""
+    assert choose(run, monkeypatch, *arguments) == calibrator
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("--calibrator", "average"), ("average", "known are max")),
+        (("--calibrator", "percentile-x"), ("percentile-x", "percentile-99.99")),
+        (("--calibrator", "percentile-5"), ("percentile is 5.0", "above 50")),
+        (
+            ("--calibrator", "percentile-99.99", "--percentile", "99.9"),
+            ("99.9 contradicts", "percentile-99.99", "only one of them"),
+        ),
+        (
+            ("--calibrator", "max", "--percentile", "99.9"),
+            ("99.9 contradicts", "max", "only one of them"),
+        ),
+        # Looked at before the tensors are listed, too.
+        (("--explain", "--calibrator", "average"), ("average",)),
+    ],
+    ids=" ".join,
+)
+def test_calibrator_that_is_none(
+    run: Run, arguments: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    """A slip on the command line: EX_USAGE, with what was given and what is known."""
+    code, out, err = run("build", *arguments)
+    assert (code, out) == (64, "")
+    message = " ".join(err.replace("│", " ").split())
+    for part in parts:
+        assert part in message

@@ -8,9 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from int8qa.build import latency
-from int8qa.build.latency import Latency, medians, name_shape, time_engines
+from int8qa.build.latency import (
+    LATENCY_SHAPES,
+    Latency,
+    fit_shapes,
+    geometric_mean,
+    mean_gain,
+    medians,
+    name_shape,
+    time_engines,
+)
 from int8qa.contract import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPE_IDS
 
 INPUTS = (INPUT_IDS, ATTENTION_MASK, TOKEN_TYPE_IDS)
@@ -143,3 +154,43 @@ def test_batches() -> None:
 def test_shape_name(shape: tuple[int, int], name: str) -> None:
     """Batch, then tokens."""
     assert name_shape(shape) == name
+
+
+@pytest.mark.parametrize(
+    ("longest", "shapes"),
+    [
+        (384, list(LATENCY_SHAPES)),
+        (512, list(LATENCY_SHAPES)),
+        (256, [(1, 128), (1, 256), (8, 128)]),
+        # Two of the shapes become one.
+        (128, [(1, 128), (8, 128)]),
+        (32, [(1, 32), (8, 32)]),
+    ],
+)
+def test_shapes_fit_the_model(longest: int, shapes: list[tuple[int, int]]) -> None:
+    """No window is longer than the model reads, no shape is timed twice."""
+    assert fit_shapes(longest) == shapes
+
+
+@given(st.lists(st.floats(0.01, 100.0), min_size=1, max_size=400))
+def test_geometric_mean(values: list[float]) -> None:
+    """Turned round, the ratios have the mean turned round; it lies among them."""
+    mean = geometric_mean(values)
+    assert geometric_mean([1 / value for value in values]) == pytest.approx(1 / mean)
+    assert min(values) * (1 - 1e-9) <= mean <= max(values) * (1 + 1e-9)
+    assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+
+
+def test_gain() -> None:
+    """How many times as fast, by the medians; the rival itself is as fast as it."""
+    table = {
+        shape: {
+            "a": Latency(ours, 99.0, 7),
+            "fp16": Latency(theirs, 9.0, 7),
+            "fp32": Latency(40.0, 9.0, 7),
+        }
+        for shape, ours, theirs in (("1x8", 5.0, 10.0), ("2x8", 2.0, 16.0))
+    }
+    assert mean_gain(table, "a") == pytest.approx(4.0)
+    assert mean_gain(table, "fp16") == 1.0
+    assert mean_gain(table, "fp16", "fp32") == pytest.approx(10**0.5)

@@ -18,7 +18,7 @@ from int8qa.build.sites import Site, TensorClass
 from int8qa.build.units import Unit, split_units
 from int8qa.errors import AccuracyGateError
 from int8qa.reader.windows import Window
-from tests.build.tiny import calibrate_reader
+from tests.build.tiny import calibrate_reader, make_gemm_layers
 
 MOST_UNITS = 40
 
@@ -42,16 +42,7 @@ def make_plan(sites: Sequence[Site]) -> Plan:
 
 def make_layers(count: int) -> tuple[Plan, list[Unit]]:
     """One GEMM per layer, each a unit; the units in an order that is not theirs."""
-    plan = make_plan(
-        [
-            site
-            for n in range(count)
-            for site in (
-                Site(f"{n}.input_quantizer", TensorClass.FFN_IN_INPUT, n, n),
-                Site(f"{n}.weight_quantizer", TensorClass.FFN_IN_WEIGHT, n, -1 - n, 64),
-            )
-        ]
-    )
+    plan = make_gemm_layers(count)
     return plan, split_units(plan)[::-1]
 
 
@@ -71,7 +62,7 @@ class Meter:
 
 
 def search(
-    ratios: Sequence[float], gate: float
+    ratios: Sequence[float], gate: float, advice: Sequence[str] = ()
 ) -> tuple[MixedPlan, Meter, list[MixedStep], Plan]:
     """Search over as many units as there are ratios."""
     plan, ranked = make_layers(len(ratios))
@@ -83,6 +74,7 @@ def search(
         meter,
         gate=gate,
         start=make_accuracy(ratios[0]),
+        advice=advice,
         on_step=steps.append,
     )
     return found, meter, steps, plan
@@ -158,6 +150,16 @@ def test_unreachable_gate() -> None:
         r"at best; the gate asks for 99\.9 %",
     ):
         search([0.95, 0.975, 0.96, 0.96, 0.97], 0.999)
+
+
+def test_unreachable_gate_says_what_to_try() -> None:
+    """As the gate of a pure INT8 model: three things, and what would let it pass."""
+    with pytest.raises(AccuracyGateError) as caught:
+        search([0.95, 0.975], 0.99, ["--one", "--two", "--three", "--four"])
+    message = str(caught.value)
+    assert message.endswith(
+        "Next: --one; --two; --three; --gate 0.974 if this loss is acceptable"
+    )
 
 
 def test_single_unit() -> None:

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from int8qa.build import pipeline
+from int8qa.build import latency, pipeline
 from int8qa.build.accuracy import share_equal
 from int8qa.build.calibration import Calibrator
 from int8qa.build.checkpoint import resolve_checkpoint
 from int8qa.build.engines.openvino import OpenVinoEngine
 from int8qa.build.export import wrap_model
+from int8qa.build.options import list_advice
 from int8qa.build.parity import COMPILE, EXPORT, HALF
 from int8qa.build.pipeline import (
     BuildOptions,
@@ -24,19 +25,14 @@ from int8qa.build.pipeline import (
     build_repository,
     count_stages,
     is_demo,
-    list_advice,
 )
 from int8qa.build.quantization import RECIPES, Recipe, Rule
 from int8qa.build.recipe_file import load_recipe
+from int8qa.build.reference import run_torch
 from int8qa.build.report import BuildProgress
 from int8qa.build.repository import find_current
 from int8qa.build.sites import TensorClass
-from int8qa.build.subject import (
-    QuestionSources,
-    data_name,
-    load_subject,
-    questions_file,
-)
+from int8qa.build.subject import QuestionSources, load_subject
 from int8qa.build.triton_config import parse_config
 from int8qa.contract import Precision, load_contract
 from int8qa.errors import (
@@ -47,6 +43,7 @@ from int8qa.errors import (
     ParityError,
 )
 from int8qa.reader.tokenizer import ReaderTokenizer
+from tests.build.builds import change_options
 from tests.build.tiny import (
     ARCHITECTURES,
     CALIBRATION,
@@ -63,17 +60,6 @@ def make_console() -> Console:
 def build(options: BuildOptions, console: Console | None = None) -> BuildOutcome:
     progress = BuildProgress(count_stages(options), console=console or make_console())
     return build_repository(options, progress)
-
-
-def change_options(options: BuildOptions, **change: Any) -> BuildOptions:
-    """``options`` with some replaced, those of its sources by their own names."""
-    sources = {
-        name: change.pop(name)
-        for name in list(change)
-        if hasattr(options.sources, name)
-    }
-    replaced = dataclasses.replace(options.sources, **sources)
-    return dataclasses.replace(options, sources=replaced, **change)
 
 
 def modification_times(repository: Path) -> dict[str, int]:
@@ -114,7 +100,7 @@ def built(
 @pytest.fixture
 def one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time the engines at one small shape, where the times do not matter."""
-    monkeypatch.setattr(pipeline, "LATENCY_SHAPES", ((1, 32),))
+    monkeypatch.setattr(latency, "LATENCY_SHAPES", ((1, 32),))
 
 
 @pytest.fixture
@@ -176,9 +162,9 @@ def test_manifest(built: Built) -> None:
     assert list(manifest["latency_ms"]) == ["1x128", f"1x{POSITIONS}", "8x128"]
     for shape, row in manifest["latency"].items():
         assert row.keys() == {"int8", "fp16", "fp32"}
-        for name, latency in row.items():
-            assert latency["p50_ms"] == manifest["latency_ms"][shape][name]
-            assert latency["p99_ms"] >= latency["p50_ms"] > 0
+        for name, times in row.items():
+            assert times["p50_ms"] == manifest["latency_ms"][shape][name]
+            assert times["p99_ms"] >= times["p50_ms"] > 0
     assert manifest["recommended"] in {"int8", "fp16", "fp32"}
     assert manifest["verdict"].startswith("On ")
     assert "INT8 (linear, percentile-99.999)" in manifest["verdict"]
@@ -349,8 +335,6 @@ def answered(
 
     A random reader is right by no other measure, and a gate needs something to lose.
     """
-    import torch
-
     root = tmp_path_factory.mktemp("answered")
     words = [
         "mill",
@@ -380,13 +364,7 @@ def answered(
         root / "tokenizer.json",
     )
     reader = wrap_model(subject.checkpoint.model)
-
-    def infer(feed: Any) -> Any:
-        with torch.no_grad():
-            start, end = reader(*(torch.from_numpy(feed[n]) for n in subject.inputs))
-        return start.numpy(), end.numpy()
-
-    found = subject.answer(infer).texts
+    found = subject.answer(run_torch(reader, subject.inputs)).texts
     assert all(found.values())
     pairs = [(q.context, ((q.question, found[q.id]),)) for q in subject.questions]
     return write_squad(root / "answered.json", pairs)
@@ -556,27 +534,9 @@ def test_failed_gate_says_what_to_try(
     assert not options.model_repository.exists()
 
 
-def test_advice_names_what_was_not_tried() -> None:
-    """The most promising first; nothing that is already done."""
-    first = list_advice(
-        BuildOptions(
-            recipe=dataclasses.replace(RECIPES["full"], per_channel=False), smooth=False
-        )
-    )
-    assert [step.split()[0] for step in first[:5]] == [
-        *("--recipe", "--smooth", "--calibrator", "--weights", "--mixed"),
-    ]
-    last = list_advice(BuildOptions(calibrator=Calibrator("search"), mixed=True))
-    assert not any(step.startswith("--") for step in last)
-    assert len(last) == 2
-
-
-@pytest.mark.usefixtures("one_shape")
-def test_mixed_moves_units_to_float(
-    built: Built, answered: Path, tmp_path: Path
-) -> None:
-    """What is moved runs in float in graph and engine, and its price is reported."""
-    options = options_for(
+def options_to_mix(built: Built, answered: Path, tmp_path: Path) -> BuildOptions:
+    """A build that loses too much until some units are back in float."""
+    return options_for(
         built,
         tmp_path,
         evaluation=answered,
@@ -585,6 +545,14 @@ def test_mixed_moves_units_to_float(
         smooth=False,
         mixed=True,
     )
+
+
+@pytest.mark.usefixtures("one_shape")
+def test_mixed_moves_units_to_float(
+    built: Built, answered: Path, tmp_path: Path
+) -> None:
+    """What is moved runs in float in graph and engine, and its price is reported."""
+    options = options_to_mix(built, answered, tmp_path)
     console = make_console()
     outcome = build(options, console)
     manifest = outcome.manifest
@@ -638,6 +606,32 @@ def test_mixed_moves_units_to_float(
 
 
 @pytest.mark.usefixtures("one_shape")
+def test_each_engine_is_checked_once(
+    built: Built, answered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As soon as it is compiled, for what it was compiled to; each remark is kept."""
+    checked: list[tuple[Precision, int]] = []
+
+    def remark(execution: Any, precision: Precision, *, quantized_gemms: int) -> Any:
+        checked.append((precision, quantized_gemms))
+        assert sum(execution.gemms.values()) > 12
+        return [f"{precision} is slow"]
+
+    monkeypatch.setattr(pipeline, "check_execution", remark)
+    options = options_to_mix(built, answered, tmp_path)
+    manifest = build(options).manifest
+    assert manifest["mixed"]["moved"]
+    left = manifest["census"]["quantized_matmuls"]
+    assert checked == [
+        (Precision.FP32, 0),
+        (Precision.FP16, 0),
+        (Precision.INT8, 12),
+        (Precision.INT8, left),
+    ]
+    assert manifest["remarks"] == [f"{name} is slow" for name, _ in checked]
+
+
+@pytest.mark.usefixtures("one_shape")
 def test_mixed_without_need(built: Built, answered: Path, tmp_path: Path) -> None:
     """A model that passes as it is stays whole."""
     options = options_for(
@@ -663,8 +657,14 @@ def test_mixed_that_cannot_reach_the_gate(
     options = options_for(
         built, tmp_path, evaluation=answered, gate=1.0, mixed=True, smooth=False
     )
-    with pytest.raises(AccuracyGateError, match="even with 7 of 8 units in float"):
+    with pytest.raises(
+        AccuracyGateError, match="even with 7 of 8 units in float"
+    ) as caught:
         build(options)
+    message = str(caught.value)
+    assert all(step in message for step in list_advice(options)[:3])
+    assert "--mixed" not in message
+    assert "--gate 0.8" in message
     assert not options.model_repository.exists()
 
 
@@ -762,25 +762,6 @@ def test_checkpoint_that_reads_too_little(
         build(options)
 
 
-def test_demo_is_what_nobody_chose_anything_for(tmp_path: Path) -> None:
-    """Any choice but place and force makes a repository its owner's."""
-    plain = BuildOptions(model_repository=tmp_path, force=True)
-    assert plain.is_default
-    others: dict[str, Any] = {
-        "checkpoint": "acme/reader",
-        "recipe": dataclasses.replace(RECIPES["linear"], share_qkv=True),
-        "calibrator": Calibrator("max"),
-        "smooth": False,
-        "mixed": True,
-        "calibration_limit": 10,
-        "calibration": tmp_path / "mine.json",
-        "evaluation": tmp_path / "mine.json",
-        "gate": 0.5,
-    }
-    for name, value in others.items():
-        assert not change_options(plain, **{name: value}).is_default, name
-
-
 @pytest.mark.parametrize(
     ("manifest", "demo"),
     [
@@ -797,12 +778,3 @@ def test_demo_is_known_by_its_mark(tmp_path: Path, manifest: Any, demo: bool) ->
     if manifest is not None:
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert is_demo(tmp_path) is demo
-
-
-def test_own_questions_are_default() -> None:
-    """The defaults are the project's questions, told apart from a user's file."""
-    sources = BuildOptions().sources
-    assert sources.calibration == questions_file("calibration")
-    assert data_name(sources.evaluation, "evaluation") == "own"
-    # The evaluation file as calibration data is a choice, not the default.
-    assert data_name(sources.evaluation, "calibration") != "own"

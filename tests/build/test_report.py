@@ -6,13 +6,10 @@ import io
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 
 from int8qa.build.report import (
     BuildProgress,
-    geometric_mean,
     show_comparison,
     show_manifest,
     show_sensitivity,
@@ -300,12 +297,3 @@ def test_tables_go_to_standard_output_uncut(capsys: pytest.CaptureFixture[str]) 
     assert "→ search + SmoothQuant" in captured.out
     assert "99.69 ± 0.20 %" in captured.out
     assert not captured.err
-
-
-@given(st.lists(st.floats(0.01, 100.0), min_size=1, max_size=20))
-def test_geometric_mean(values: list[float]) -> None:
-    """Turned round, the ratios have the mean turned round; it lies among them."""
-    mean = geometric_mean(values)
-    assert geometric_mean([1 / value for value in values]) == pytest.approx(1 / mean)
-    assert min(values) * (1 - 1e-9) <= mean <= max(values) * (1 + 1e-9)
-    assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from int8qa.build import sensitivity
 from int8qa.build.accuracy import Accuracy
+from int8qa.build.calibration import Calibrator
 from int8qa.build.quantization import RECIPES, Plan
 from int8qa.build.sensitivity import (
     Finding,
     FindingCache,
     UnitSensitivity,
+    default_cache,
+    identify_findings,
     list_units,
     measure_sensitivity,
+    open_cache,
     order_findings,
 )
 from int8qa.build.sites import Site, TensorClass
 from int8qa.build.units import class_units, kernel_units, layer_units, split_units
 from int8qa.errors import BuildError
-from tests.build.tiny import insert_and_find
+from int8qa.reader.squad import SquadQuestion
+from tests.build.tiny import insert_and_find, make_gemm_layers
 
 
 @pytest.fixture(scope="module")
@@ -122,34 +131,21 @@ def test_every_unit_alone_and_left_out(
     assert len(meter.measured) == len(set(meter.measured)) == 2 * len(units) - 2
 
 
-def make_plan(layers: int) -> Plan:
-    """One GEMM a layer."""
-    sites = tuple(
-        site
-        for n in range(layers)
-        for site in (
-            Site(f"{n}.input_quantizer", TensorClass.FFN_IN_INPUT, n, n),
-            Site(f"{n}.weight_quantizer", TensorClass.FFN_IN_WEIGHT, n, -1 - n, 64),
-        )
-    )
-    return Plan("own", sites, {site.name: site.is_weight for site in sites})
-
-
 def test_units_of_equal_sites_are_one() -> None:
     """A layer of one kernel is not listed beside that kernel, which comes first."""
     classes = ["every ffn_in_input", "every ffn_in_weight"]
-    assert [unit.name for unit in list_units(make_plan(2))] == [
+    assert [unit.name for unit in list_units(make_gemm_layers(2))] == [
         "layer 0 ffn_in",
         "layer 1 ffn_in",
         *classes,
         "all ffn_in",
     ]
-    assert [unit.name for unit in list_units(make_plan(1))] == [
+    assert [unit.name for unit in list_units(make_gemm_layers(1))] == [
         "layer 0 ffn_in",
         *classes,
     ]
     meter = Meter()
-    found = measure_sensitivity(make_plan(1), meter, FindingCache(None, "key"))
+    found = measure_sensitivity(make_gemm_layers(1), meter, FindingCache(None, "key"))
     # All of it, nothing at all, and each operand, which is the other left out.
     everything, of_input, of_weight = (
         frozenset({"0.input_quantizer", "0.weight_quantizer"}),
@@ -175,7 +171,7 @@ def test_class_of_a_whole_kernel_is_listed_once() -> None:
     ]
 
 
-PLAN = make_plan(4)
+PLAN = make_gemm_layers(4)
 PLANS = 12
 """Four layers and all, alone and left out; both operands, one the other left out."""
 
@@ -294,3 +290,109 @@ def test_order() -> None:
 
     found = [make("a", 0.1, 9.0), make("b", 0.3, 0.0), make("c", 0.1, 0.0)]
     assert [one.name for one in order_findings(found)] == ["b", "a", "c"]
+
+
+RANGES: dict[str, Any] = {
+    name: torch.full((4, 1), 0.5) if "weight" in name else 2.0 for name in PLAN.names
+}
+QUESTIONS = [
+    SquadQuestion(str(n), f"Which of {n}?", "It is the bar.", ("bar",), (10,))
+    for n in range(4)
+]
+SUBJECT: dict[str, Any] = {
+    "plan": PLAN,
+    "ranges": RANGES,
+    "checkpoint_sha256": "c" * 64,
+    "calibration": QUESTIONS[:2],
+    "calibrator": Calibrator("max"),
+    "smooth": False,
+    "evaluation": QUESTIONS[2:],
+    "device": "a CPU",
+}
+SOFTMAX = Plan("own", (Site("p", TensorClass.SOFTMAX, 0, 0),), {"p": False})
+
+
+def reword(question: SquadQuestion) -> SquadQuestion:
+    return dataclasses.replace(question, question="Which one?")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"checkpoint_sha256": "d" * 64},
+        {"calibration": QUESTIONS[:1]},
+        {"calibration": [QUESTIONS[0], reword(QUESTIONS[1])]},
+        {"calibrator": Calibrator("mse")},
+        {"calibrator": Calibrator("percentile", 99.9)},
+        {"smooth": True},
+        {"evaluation": QUESTIONS[2:3]},
+        {"evaluation": [reword(QUESTIONS[2]), QUESTIONS[3]]},
+        {"device": "another CPU"},
+        {"ranges": RANGES | {"0.input_quantizer": 2.0001}},
+        # Per tensor, and per channel with the same sum.
+        {"ranges": RANGES | {"0.weight_quantizer": 0.5}},
+        {
+            "ranges": RANGES
+            | {"0.weight_quantizer": torch.tensor([[0.25], [0.75], [0.5], [0.5]])}
+        },
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_changed_subject_is_another(change: dict[str, Any]) -> None:
+    """Nothing that was measured of one is taken for the other."""
+    assert identify_findings(**SUBJECT) == identify_findings(**SUBJECT)
+    assert identify_findings(**SUBJECT | change) != identify_findings(**SUBJECT)
+
+
+def test_unsigned_grid_is_another_subject() -> None:
+    """0 … 255 and -127 … 127 are one plan by name and range, and two in INT8."""
+    signed = dataclasses.replace(SOFTMAX, unsigned_softmax=False)
+    assert signed.names == SOFTMAX.names
+    keys = [
+        identify_findings(**SUBJECT | {"plan": plan, "ranges": {"p": 1.0}})
+        for plan in (SOFTMAX, signed)
+    ]
+    assert keys[0] != keys[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("hash_code", "f" * 64),
+        ("read_versions", {"openvino": "1"}),
+        ("describe_machine", "pdp11"),
+    ],
+)
+def test_changed_installation_is_another_subject(
+    monkeypatch: pytest.MonkeyPatch, name: str, other: Any
+) -> None:
+    """A pass that was changed, a library, the instruction sets."""
+    before = identify_findings(**SUBJECT)
+    monkeypatch.setattr(sensitivity, name, lambda: other)
+    assert identify_findings(**SUBJECT) != before
+
+
+def test_name_of_the_recipe_is_no_subject() -> None:
+    """Nor is the order of sums that makes the last digits of a range."""
+    renamed = dataclasses.replace(PLAN, recipe="other")
+    ranges = {name: amax * (1 + 1e-9) for name, amax in RANGES.items()}
+    key = identify_findings(**SUBJECT | {"plan": renamed, "ranges": ranges})
+    assert key == identify_findings(**SUBJECT)
+
+
+def test_findings_have_a_file_of_their_own(tmp_path: Path) -> None:
+    """One subject does not empty the file of another."""
+    one, other = (open_cache(tmp_path, key * 64) for key in "ab")
+    one.get("plan", lambda: Finding(0.1, 1.0, 1.0))
+    other.get("plan", lambda: Finding(0.2, 1.0, 1.0))
+    assert len(open_cache(tmp_path, "a" * 64)) == 1
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_place_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where the desktop says, else below the home directory."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache() == tmp_path / "int8qa"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_cache() == tmp_path / ".cache" / "int8qa"

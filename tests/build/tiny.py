@@ -30,7 +30,8 @@ from int8qa.build.quantization import (
     insert_quantizers,
     switch_quantizers,
 )
-from int8qa.build.sites import Site, find_sites
+from int8qa.build.reference import run_torch
+from int8qa.build.sites import Site, TensorClass, find_sites
 from int8qa.contract import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPE_IDS
 from int8qa.reader.windows import Window
 
@@ -132,11 +133,7 @@ class TinyReader:
 
     def run_torch(self, feed: Feed) -> tuple[Any, Any]:
         """Start and end logits, float32 [B, S]."""
-        import torch
-
-        with torch.no_grad():
-            start, end = self.wrapped(*(torch.from_numpy(feed[n]) for n in self.inputs))
-        return start.numpy(), end.numpy()
+        return run_torch(self.wrapped, self.inputs)(feed)
 
 
 def make_reader(architecture: str) -> TinyReader:
@@ -180,6 +177,19 @@ def run_onnx(model: Any, feed: Feed) -> list[Any]:
     )
     outputs: list[Any] = session.run(None, feed)
     return outputs
+
+
+def make_gemm_layers(count: int) -> Plan:
+    """One GEMM a layer, without a model."""
+    sites = tuple(
+        site
+        for n in range(count)
+        for site in (
+            Site(f"{n}.input_quantizer", TensorClass.FFN_IN_INPUT, n, n),
+            Site(f"{n}.weight_quantizer", TensorClass.FFN_IN_WEIGHT, n, -1 - n, 64),
+        )
+    )
+    return Plan("own", sites, {site.name: site.is_weight for site in sites})
 
 
 @dataclass(frozen=True)

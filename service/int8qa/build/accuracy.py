@@ -267,12 +267,10 @@ def check_gate(int8: Accuracy, *, gate: float, advice: Sequence[str] = ()) -> li
         )
     share = describe_share(int8.f1_ratio, int8.f1_ratio_margin)
     if not passes_gate(int8, gate):
-        lower = max(int8.f1_ratio - 0.001, 0.0)
-        accept = f"--gate {lower:.3f} if this loss is acceptable"
-        steps = "; ".join([*advice[:3], accept])
         raise AccuracyGateError(
             f"INT8 keeps {share} of FP32's F1 ({int8.f1:.2f} over {int8.questions} "
-            f"questions); the gate asks for {100 * gate:g} %. Next: {steps}"
+            f"questions); the gate asks for {100 * gate:g} %. "
+            f"{list_steps(advice, int8.f1_ratio)}"
         )
     if int8.f1_ratio < gate:
         remark = (
@@ -282,6 +280,12 @@ def check_gate(int8: Accuracy, *, gate: float, advice: Sequence[str] = ()) -> li
         )
         return [remark]
     return []
+
+
+def list_steps(advice: Sequence[str], ratio: float) -> str:
+    """The next three things to try, and the gate that a share ``ratio`` passes."""
+    accept = f"--gate {max(ratio - 0.001, 0.0):.3f} if this loss is acceptable"
+    return f"Next: {'; '.join([*advice[:3], accept])}"
 
 
 def passes_gate(int8: Accuracy, gate: float) -> bool:

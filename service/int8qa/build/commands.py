@@ -17,16 +17,6 @@ import typer
 from int8qa.settings import load_settings
 
 
-class CalibratorMethod(str, Enum):
-    """Calibrators the build offers."""
-
-    PERCENTILE = "percentile"
-    MAX = "max"
-    MSE = "mse"
-    ENTROPY = "entropy"
-    SEARCH = "search"
-
-
 class TargetName(str, Enum):
     """Engines the build offers."""
 
@@ -140,20 +130,24 @@ def build(
         ),
     ] = None,
     calibrator: Annotated[
-        CalibratorMethod,
+        str,
         typer.Option(
-            help="How activation ranges are chosen. search tries several on each "
-            "tensor and takes what moves the logits least."
+            help=f"How activation ranges are chosen: {_CALIBRATOR_NAMES}, which tries "
+            "several on each tensor and takes what moves the logits least.  "
+            "[default: percentile-99.999]",
+            show_default=False,
         ),
-    ] = CalibratorMethod.PERCENTILE,
+    ] = "percentile",
     percentile: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="Share of absolute values kept, in percent (percentile only).",
+            help="Share of absolute values that --calibrator percentile keeps, in "
+            "percent; the same as percentile-N.  [default: 99.999]",
             min=50.0,
             max=100.0,
+            show_default=False,
         ),
-    ] = 99.999,
+    ] = None,
     smooth: Annotated[
         bool,
         typer.Option(help="SmoothQuant: move outlier channels into the weights first."),
@@ -196,10 +190,11 @@ def build(
 ) -> None:
     """Turn a checkpoint into calibrated INT8, FP16 and FP32 engines for Triton."""
     del target  # one value so far
-    from int8qa.build.calibration import Calibrator
-    from int8qa.build.pipeline import BuildOptions, build_repository
+    from int8qa.build.options import BuildOptions
+    from int8qa.build.pipeline import build_repository
     from int8qa.build.report import show_manifest
 
+    ranges = _choose_calibrator(calibrator, percentile)
     chosen = _load_recipe(recipe, weights, share_qkv=share_qkv)
     if explain:
         _explain(checkpoint, revision, chosen, as_json=as_json)
@@ -209,11 +204,7 @@ def build(
         model_repository=model_repository or settings.model_repository,
         revision=revision,
         recipe=chosen,
-        calibrator=(
-            Calibrator("percentile", percentile)
-            if calibrator is CalibratorMethod.PERCENTILE
-            else Calibrator(calibrator.value)
-        ),
+        calibrator=ranges,
         smooth=smooth,
         sources=_sources(
             calibration_data, evaluation_data, calibration_limit, evaluation_limit
@@ -258,7 +249,11 @@ def calibrate_compare(
         ),
     ] = None,
     smooth: Annotated[
-        bool, typer.Option(help="Also with SmoothQuant, by two calibrators.")
+        bool,
+        typer.Option(
+            help="Also with SmoothQuant, by percentile-99.999 and search, as far as "
+            "--calibrator names them."
+        ),
     ] = True,
     sensitivity_questions: Annotated[
         int,
@@ -280,7 +275,8 @@ def calibrate_compare(
     for 1,000 questions.
     """
     from int8qa.build.comparison.page import write_page
-    from int8qa.build.laboratory import LaboratoryOptions, compare_calibrators
+    from int8qa.build.laboratory import compare_calibrators
+    from int8qa.build.options import LaboratoryOptions
     from int8qa.build.report import show_comparison
     from int8qa.errors import RepositoryError
 
@@ -336,7 +332,8 @@ def sensitivity(
     Every measurement is kept at once; a run that was cut short goes on where it
     stopped.
     """
-    from int8qa.build.laboratory import LaboratoryOptions, measure_one
+    from int8qa.build.laboratory import measure_one
+    from int8qa.build.options import LaboratoryOptions
     from int8qa.build.report import show_sensitivity
 
     chosen: dict[str, Any] = {} if checkpoint is None else {"checkpoint": checkpoint}
@@ -377,6 +374,27 @@ def _parse_calibrator(name: str) -> Any:
     from int8qa.build.calibration import parse_calibrator
 
     return parse_calibrator(name)
+
+
+def _choose_calibrator(name: str, percentile: float | None) -> Any:
+    """The build's calibrator: ``percentile-N`` is ``percentile`` with N beside it."""
+    from int8qa.build.calibration import Calibrator
+    from int8qa.errors import BuildError
+
+    try:
+        named = _parse_calibrator(name)
+    except BuildError as error:
+        raise typer.BadParameter(str(error), param_hint="--calibrator") from error
+    if percentile is None:
+        return named
+    given = Calibrator("percentile", percentile)
+    if name != "percentile" and named != given:
+        raise typer.BadParameter(
+            f"{percentile:g} contradicts --calibrator {name}; give only one of them, "
+            f"or --calibrator percentile",
+            param_hint="--percentile",
+        )
+    return given
 
 
 def _sources(

@@ -9,6 +9,7 @@ by more than the rounding it names.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -116,8 +117,7 @@ class _Graph:
         renames: dict[str, str] = {}
         dead = []
         for node in self.graph.node:
-            for index, name in enumerate(node.input):
-                node.input[index] = renames.get(name, name)
+            rename_inputs(node, renames)
             idle = node.op_type == "Identity" or (
                 node.op_type == "Cast"
                 and types.get(node.input[0]) == node.attribute[0].i
@@ -204,8 +204,7 @@ class _Graph:
         renames: dict[str, str] = {}
         dead = []
         for node in self.graph.node:
-            for index, name in enumerate(node.input):
-                node.input[index] = renames.get(name, name)
+            rename_inputs(node, renames)
             source = producers.get(node.input[0]) if node.input else None
             if (
                 node.op_type == QUANTIZE
@@ -259,8 +258,7 @@ class _Graph:
             renames: dict[str, str] = {}
             dead = []
             for node in self.graph.node:
-                for index, name in enumerate(node.input):
-                    node.input[index] = aliases.get(name, name)
+                rename_inputs(node, aliases)
                 if len(node.output) != 1 or node.output[0] in outputs:
                     continue
                 key = (
@@ -309,3 +307,9 @@ class _Graph:
         tensors = list(kept.values())
         del self.graph.initializer[:]
         self.graph.initializer.extend(tensors)
+
+
+def rename_inputs(node: onnx.NodeProto, names: Mapping[str, str]) -> None:
+    """Let ``node`` read other tensors, those that ``names`` has another name for."""
+    for index, name in enumerate(node.input):
+        node.input[index] = names.get(name, name)

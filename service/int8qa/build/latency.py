@@ -7,6 +7,7 @@ stays true where their times do not. Knows no engine.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from int8qa.contract import ATTENTION_MASK, INPUT_IDS
 
 Shape = tuple[int, int]
 """Batch and padded length."""
+
+LATENCY_SHAPES: tuple[Shape, ...] = ((1, 128), (1, 384), (8, 128))
+"""What precisions are compared at: a short question, a full window, a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,15 @@ class Latency:
 def name_shape(shape: Shape) -> str:
     """``1x128``."""
     return f"{shape[0]}x{shape[1]}"
+
+
+def fit_shapes(max_window_tokens: int) -> list[Shape]:
+    """``LATENCY_SHAPES``, none longer than the model reads, each once."""
+    return list(
+        dict.fromkeys(
+            (batch, min(length, max_window_tokens)) for batch, length in LATENCY_SHAPES
+        )
+    )
 
 
 def time_engines(
@@ -94,6 +107,20 @@ def medians(table: Mapping[str, Mapping[str, Latency]]) -> dict[str, dict[str, f
         shape: {name: latency.p50_ms for name, latency in by_name.items()}
         for shape, by_name in table.items()
     }
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of ratios above 0: the mean that does not care which way round they are."""
+    return math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
+def mean_gain(
+    table: Mapping[str, Mapping[str, Latency]], name: str, rival: str = "fp16"
+) -> float:
+    """How many times as fast as its rival an engine is, over all shapes."""
+    return geometric_mean(
+        [by_name[rival].p50_ms / by_name[name].p50_ms for by_name in table.values()]
+    )
 
 
 def _make_feed(shape: Shape, inputs: Sequence[str]) -> dict[str, npt.NDArray[np.int32]]:

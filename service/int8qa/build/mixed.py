@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from int8qa.build.accuracy import Accuracy
+from int8qa.build.accuracy import Accuracy, list_steps
 from int8qa.build.calibration import Ranges
 from int8qa.build.quantization import Plan
 from int8qa.build.range_search import LogitProbe
@@ -90,6 +90,7 @@ def find_mixed_plan(
     *,
     gate: float,
     start: Accuracy,
+    advice: Sequence[str] = (),
     on_step: Callable[[MixedStep], None] = lambda _step: None,
 ) -> MixedPlan:
     """Move units to float, in order, until the measured share reaches the gate.
@@ -104,6 +105,7 @@ def find_mixed_plan(
         measure: accuracy of a plan.
         gate: least share of float32's F1.
         start: accuracy of ``plan`` itself.
+        advice: what could be tried next, the most promising first.
         on_step: called with each plan measured.
 
     Raises:
@@ -136,8 +138,7 @@ def find_mixed_plan(
             raise AccuracyGateError(
                 f"even with {high} of {len(ranked)} units in float the model keeps "
                 f"{100 * best.f1_ratio:.2f} % of FP32's F1 at best; the gate asks for "
-                f"{100 * gate:g} %. Use more evaluation questions, --recipe linear, "
-                f"or a lower --gate"
+                f"{100 * gate:g} %. {list_steps(advice, best.f1_ratio)}"
             )
         while high - low > 1:
             middle = (low + high) // 2

@@ -6,32 +6,23 @@ the calls is the order the data flows; every conversion is held to the one befor
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
-from importlib import metadata, resources
+from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from int8qa import __version__
 from int8qa.build.accuracy import (
-    DEFAULT_GATE,
     Accuracy,
     Answers,
     check_gate,
     compare_answers,
-    share_equal,
 )
-from int8qa.build.calibration import Calibrator, Ranges
+from int8qa.build.calibration import Ranges
 from int8qa.build.census import Census, take_census
-from int8qa.build.checkpoint import (
-    CheckpointFiles,
-    demo_checkpoint_directory,
-    resolve_checkpoint,
-)
+from int8qa.build.checkpoint import CheckpointFiles, resolve_checkpoint
 from int8qa.build.engines.openvino import (
     PRECISION_HINTS,
     OpenVinoEngine,
@@ -40,21 +31,30 @@ from int8qa.build.engines.openvino import (
 )
 from int8qa.build.export import export_onnx, wrap_model
 from int8qa.build.graph import clean_graph
-from int8qa.build.latency import medians, time_engines
+from int8qa.build.identity import identify_build
+from int8qa.build.latency import fit_shapes, medians, time_engines
+from int8qa.build.manifest import (
+    MANIFEST_VERSION,
+    describe_latencies,
+    describe_mixed,
+    describe_models,
+    describe_recipe,
+)
 from int8qa.build.mixed import MixedPlan, MixedStep, find_mixed_plan, rank_units
+from int8qa.build.options import BuildOptions, list_advice
 from int8qa.build.parity import COMPILE, EXPORT, HALF, check_parity
-from int8qa.build.quantization import RECIPES, Plan, Recipe
+from int8qa.build.quantization import Plan
 from int8qa.build.quantized import QuantizedReader
 from int8qa.build.range_search import LogitProbe
+from int8qa.build.reference import run_onnx, run_torch
 from int8qa.build.report import BuildProgress
 from int8qa.build.repository import (
     StagedRepository,
     find_current,
-    hash_file,
     read_manifest,
     stage_repository,
 )
-from int8qa.build.subject import QuestionSources, data_name, load_subject
+from int8qa.build.subject import load_subject
 from int8qa.build.triton_config import openvino_model_config
 from int8qa.build.verdict import Verdict, write_verdict
 from int8qa.contract import (
@@ -63,58 +63,21 @@ from int8qa.contract import (
     ModelRecord,
     Precision,
 )
-from int8qa.errors import BuildError, MissingDependencyError
+from int8qa.errors import BuildError
 
 if TYPE_CHECKING:
     import onnx
 
     from int8qa.build.projection import QuantizedGraph
 
-MANIFEST_VERSION = 2
+__all__ = ["BuildOptions", "BuildOutcome", "build_repository", "is_demo"]
+
 BATCH_SIZES = (1, 2, 4, 8)
 MAX_BATCH_TOKENS = 1024
 """A CPU gains nothing from larger batches: its cores are full, and they only wait."""
-LATENCY_SHAPES = ((1, 128), (1, 384), (8, 128))
 LATENCY_BUDGET_S = 1.0
 PARITY_QUESTIONS = 16
 """Questions the export parity is measured on; the engines get all of them."""
-_VERSIONED = ("torch", "transformers", "nvidia-modelopt", "onnx", "openvino")
-_CPU_FLAGS = (
-    "avx2",
-    "avx_vnni",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx512_fp16",
-    "amx_int8",
-    "amx_bf16",
-    "amx_fp16",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class BuildOptions:
-    """Everything a build depends on besides the code and the machine."""
-
-    model_repository: Path = Path("model_repository")
-    checkpoint: str = field(default_factory=lambda: str(demo_checkpoint_directory()))
-    revision: str | None = None
-    recipe: Recipe = RECIPES["linear"]
-    calibrator: Calibrator = field(default_factory=Calibrator)
-    sources: QuestionSources = field(default_factory=QuestionSources)
-    smooth: bool = True
-    """SmoothQuant before calibration; see smoothing.py."""
-    gate: float = DEFAULT_GATE
-    mixed: bool = False
-    """Leave the most sensitive kernels in float until the gate is reached."""
-    force: bool = False
-    """Rebuild even if the repository is current."""
-
-    @property
-    def is_default(self) -> bool:
-        """Whether nothing was chosen but the place."""
-        plain = BuildOptions(model_repository=self.model_repository, force=self.force)
-        return self == plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +100,9 @@ def build_repository(
         MissingDependencyError: torch, ModelOpt or OpenVINO is not installed.
     """
     begin = time.monotonic()
-    _check_options(options)
+    options.check()
     files = resolve_checkpoint(options.checkpoint, revision=options.revision)
-    build_id, identity = _identify(options, files)
+    build_id, identity = identify_build(options, files)
     if not options.force:
         current = find_current(options.model_repository, build_id)
         if current is not None:
@@ -170,109 +133,6 @@ def count_stages(options: BuildOptions) -> int:
     """Stages of a build, for its progress."""
     search = options.calibrator.method == "search"
     return 10 + options.smooth + search + options.mixed
-
-
-def _choices(options: BuildOptions, files: CheckpointFiles) -> dict[str, Any]:
-    """What a user chose, apart from what the files and the machine made of it."""
-    sources = options.sources
-    return {
-        "checkpoint": files.name,
-        "recipe": describe_recipe(options.recipe),
-        "calibrator": options.calibrator.name,
-        "smooth": options.smooth,
-        "mixed": options.mixed,
-        "calibration_limit": sources.calibration_limit,
-        "calibration_data": data_name(sources.calibration, "calibration"),
-        "evaluation_limit": sources.evaluation_limit,
-        "evaluation_data": data_name(sources.evaluation, "evaluation"),
-        "gate": options.gate,
-        "target": "openvino",
-    }
-
-
-def describe_recipe(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as the manifest keeps it."""
-    return {
-        "name": recipe.name,
-        "weights": "per-channel" if recipe.per_channel else "per-tensor",
-        "share_qkv": recipe.share_qkv,
-        "unsigned_softmax": recipe.unsigned_softmax,
-        "rules": [
-            {
-                "subject": rule.subject,
-                "enable": rule.enable,
-                "per_channel": rule.per_channel,
-            }
-            for rule in recipe.rules
-        ],
-    }
-
-
-def _check_options(options: BuildOptions) -> None:
-    if not 0.0 <= options.gate <= 1.0:
-        raise BuildError(
-            f"the gate is {options.gate}; allowed: 0 (off) to 1, a share of FP32's F1"
-        )
-    options.sources.check()
-
-
-def _identify(
-    options: BuildOptions, files: CheckpointFiles
-) -> tuple[str, dict[str, Any]]:
-    """Hash over all that shapes the outcome, and the parts by name."""
-    versions = read_versions()
-    identity = {
-        **_choices(options, files),
-        "manifest_version": MANIFEST_VERSION,
-        "checkpoint_sha256": files.sha256,
-        "calibration_sha256": hash_file(options.sources.calibration),
-        "evaluation_sha256": hash_file(options.sources.evaluation),
-        "versions": versions,
-        "code_sha256": _hash_code(),
-        "machine": f"{platform.machine()} {' '.join(cpu_features())}",
-    }
-    text = json.dumps(identity, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest(), identity
-
-
-def read_versions() -> dict[str, str]:
-    """Versions of what shapes a build.
-
-    Raises:
-        MissingDependencyError: one of them is not installed.
-    """
-    try:
-        return {"int8qa": __version__} | {
-            package: metadata.version(package) for package in _VERSIONED
-        }
-    except metadata.PackageNotFoundError as error:
-        raise MissingDependencyError(
-            f"the build stage needs {error.name}: run `make install` in the checkout, "
-            f"or pip install -e '.[build,cpu]'"
-        ) from error
-
-
-def _hash_code() -> str:
-    """Hash of the build stage's own source: a changed pass is a changed build."""
-    root = Path(str(resources.files("int8qa")))
-    digest = hashlib.sha256()
-    for path in sorted(
-        [*(root / "build").rglob("*.py"), *(root / "reader").glob("*.py")]
-    ):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def cpu_features() -> list[str]:
-    """The instruction sets that decide which kernels run (Linux; else none)."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return []
-    flags = next(
-        (line for line in text.splitlines() if line.startswith("flags")), ""
-    ).split()
-    return [flag for flag in _CPU_FLAGS if flag in flags]
 
 
 class _Build:
@@ -310,8 +170,8 @@ class _Build:
         with self.progress.stage("export Q/DQ to ONNX"):
             exported = quantized.export(ranges)
         with self.progress.stage("compile for OpenVINO"):
-            self._compile(Precision.FP32, float_graph)
-            self._compile(Precision.FP16, float_graph)
+            for precision in (Precision.FP32, Precision.FP16):
+                self._compile(precision, float_graph, quantized_gemms=0)
             census = self._compile_int8(exported, quantized, quantized.plan, ranges)
         answers, deviations = self._hold_engines(torch_answers)
         accuracies = {
@@ -334,12 +194,7 @@ class _Build:
         with self.progress.stage("time the engines"):
             latencies = time_engines(
                 infers,
-                list(
-                    dict.fromkeys(
-                        (batch, min(length, subject.max_window_tokens))
-                        for batch, length in LATENCY_SHAPES
-                    )
-                ),
+                fit_shapes(subject.max_window_tokens),
                 subject.inputs,
                 budget_s=LATENCY_BUDGET_S,
             )
@@ -384,27 +239,15 @@ class _Build:
                 site.name: ranges[site.name] for site in plan.activations
             },
             "searched": quantized.chosen,
-            "mixed": _describe_mixed(mixed, latency_ms),
-            "models": {
-                str(precision): {
-                    "accuracy": asdict(accuracies[precision])
-                    | {
-                        "agreement_fp16": share_equal(
-                            answers[precision], answers[Precision.FP16]
-                        )
-                    },
-                    "execution": record.execution,
-                    "gemms": self.engines[precision].execution.gemms,
-                    "attentions": self.engines[precision].execution.attentions,
-                    "size_bytes": record.size_bytes,
-                }
-                for precision, record in models.items()
-            },
+            "mixed": describe_mixed(mixed, latency_ms),
+            "models": describe_models(
+                models,
+                {name: engine.execution for name, engine in self.engines.items()},
+                accuracies,
+                answers,
+            ),
             "latency_ms": latency_ms,
-            "latency": {
-                shape: {name: asdict(latency) for name, latency in by_name.items()}
-                for shape, by_name in latencies.items()
-            },
+            "latency": describe_latencies(latencies),
             "recommended": verdict.recommended,
             "verdict": verdict.text,
             "remarks": self.remarks,
@@ -442,35 +285,23 @@ class _Build:
         self, reader: Any, graph: onnx.ModelProto
     ) -> tuple[Answers, float]:
         """Torch's answers to a sample, and ONNX's largest deviation from them."""
-        import onnxruntime
-        import torch
-
-        # ONNX Runtime, not the engine we compile for: an independent reading of the
-        # graph tells a wrong export from a wrong compilation.
-        session = onnxruntime.InferenceSession(
-            graph.SerializeToString(), providers=["CPUExecutionProvider"]
-        )
-        inputs = self.subject.inputs
-
-        def run_torch(feed: Any) -> Any:
-            with torch.no_grad():
-                start, end = reader(*(torch.from_numpy(feed[n]) for n in inputs))
-            return start.numpy(), end.numpy()
-
-        def run_onnx(feed: Any) -> Any:
-            return tuple(session.run(None, dict(feed)))
-
-        sample = self.subject.evaluation[:PARITY_QUESTIONS]
-        expected = self.subject.answer(run_torch, sample)
-        found = self.subject.answer(run_onnx, sample)
+        subject = self.subject
+        sample = subject.evaluation[:PARITY_QUESTIONS]
+        expected = subject.answer(run_torch(reader, subject.inputs), sample)
+        found = subject.answer(run_onnx(graph), sample)
         questions = [item.question for item in sample]
         return expected, check_parity(EXPORT, expected, found, questions)
 
-    def _compile(self, precision: Precision, graph: onnx.ModelProto) -> None:
+    def _compile(
+        self, precision: Precision, graph: onnx.ModelProto, *, quantized_gemms: int
+    ) -> None:
+        """The engine of ``precision``, held to what it was asked for."""
         directory = self.staged.model_directory(precision.model_name)
-        self.engines[precision], self.sizes[precision] = compile_graph(
-            graph, directory, precision
+        engine, size_bytes = compile_graph(graph, directory, precision)
+        self.remarks += check_execution(
+            engine.execution, precision, quantized_gemms=quantized_gemms
         )
+        self.engines[precision], self.sizes[precision] = engine, size_bytes
 
     def _compile_int8(
         self,
@@ -482,12 +313,7 @@ class _Build:
         """The INT8 engine of ``plan``, its graph verified first."""
         graph = exported.project(plan, ranges)
         census = take_census(graph, plan, quantized.sites, ranges)
-        self._compile(Precision.INT8, graph)
-        for precision, engine in self.engines.items():
-            remarks = check_execution(
-                engine.execution, precision, quantized_gemms=plan.quantized_gemms
-            )
-            self.remarks += [text for text in remarks if text not in self.remarks]
+        self._compile(Precision.INT8, graph, quantized_gemms=plan.quantized_gemms)
         return census
 
     def _hold_engines(
@@ -565,6 +391,7 @@ class _Build:
                 measure,
                 gate=gate,
                 start=start,
+                advice=list_advice(self.options),
                 on_step=tell,
             )
             return mixed, by_plan[mixed.plan.names]
@@ -628,39 +455,3 @@ class _Build:
             recommended=Precision(verdict.recommended),
             verdict=verdict.text,
         )
-
-
-def list_advice(options: BuildOptions) -> list[str]:
-    """What to try when INT8 loses too much, the most promising first."""
-    advice = []
-    if options.recipe.name == "full":
-        advice.append("--recipe linear keeps attention and residual adds in float")
-    if not options.smooth:
-        advice.append("--smooth moves outlier channels into the weights")
-    if options.calibrator.method != "search":
-        advice.append("--calibrator search chooses each range by its logit error")
-    if not options.recipe.per_channel:
-        advice.append("--weights per-channel")
-    if not options.mixed:
-        advice.append("--mixed leaves the most sensitive kernels in float")
-    advice.append("calibrate on text of your own (--calibration-data)")
-    advice.append("`int8qa sensitivity` shows which tensors cost what")
-    return advice
-
-
-def _describe_mixed(
-    mixed: MixedPlan | None, latency_ms: dict[str, dict[str, float]]
-) -> dict[str, Any] | None:
-    """What runs in float and what that costs, for the manifest."""
-    if mixed is None:
-        return None
-    speed = {
-        shape: round(by_name["pure int8"] / by_name["int8"], 3)
-        for shape, by_name in latency_ms.items()
-        if "pure int8" in by_name
-    }
-    return {
-        "moved": list(mixed.moved),
-        "speed_of_pure_int8": speed,
-        "steps": [asdict(step) for step in mixed.steps],
-    }

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from int8qa.build.calibration import Ranges
-from int8qa.build.graph import DEQUANTIZE, QUANTIZE, clean_graph
+from int8qa.build.graph import DEQUANTIZE, QUANTIZE, clean_graph, rename_inputs
 from int8qa.build.quantization import Plan
 from int8qa.errors import ExportError
 
@@ -74,8 +74,7 @@ class QuantizedGraph:
                 unsigned = name in plan.unsigned
                 _set_grid(node, ranges[name], values, name, unsigned=unsigned)
         for node in model.graph.node:
-            for index, read in enumerate(node.input):
-                node.input[index] = bypassed.get(read, read)
+            rename_inputs(node, bypassed)
         return clean_graph(model)
 
 

@@ -7,7 +7,6 @@ In: the stages of a build and its manifest. Out: lines on standard error, so tha
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from rich.progress import (
 from rich.table import Table
 
 from int8qa.build.accuracy import describe_share
+from int8qa.build.comparison.pareto import mean_speed
 
 Tick = Callable[[], None]
 
@@ -139,11 +139,8 @@ def show_comparison(
     table.add_column("× FP16", justify="right")
     table.add_column("MB", justify="right")
     table.add_column("gate")
-    fp16 = result["floats"]["fp16"]
+    fp16 = result["floats"]["fp16"]["latency_ms"]
     for name, entry in result["floats"].items():
-        gains = [
-            fp16["latency_ms"][s]["p50"] / entry["latency_ms"][s]["p50"] for s in shapes
-        ]
         table.add_row(
             name,
             f"({entry['execution']})",
@@ -153,7 +150,7 @@ def show_comparison(
             "",
             f"{entry['rms_logit_error']:.3f}",
             *(f"{entry['latency_ms'][shape]['p50']:.1f}" for shape in shapes),
-            f"{geometric_mean(gains):.2f}",
+            _show_speed(entry, fp16),
             f"{entry['size_bytes'] / 1e6:.0f}",
             "",
         )
@@ -169,7 +166,7 @@ def show_comparison(
             f"{100 * entry['agreement_fp16']:.1f} %",
             f"{entry['rms_logit_error']:.3f}",
             *(f"{entry['latency_ms'][shape]['p50']:.1f}" for shape in shapes),
-            f"{geometric_mean(_gains(entry)):.2f}",
+            _show_speed(entry, fp16),
             f"{entry['size_bytes'] / 1e6:.0f}",
             "passes" if entry["passes_gate"] else "FAILS",
         )
@@ -229,14 +226,9 @@ def show_sites(
     console.print(table)
 
 
-def geometric_mean(values: Sequence[float]) -> float:
-    """Of ratios: the mean that does not care which way round they are."""
-    return math.prod(values) ** (1 / len(values))
-
-
-def _gains(variant: Mapping[str, Any]) -> list[float]:
-    """Speed against FP16, timed in turns, by shape."""
-    return [t["p50_fp16"] / t["p50"] for t in variant["latency_ms"].values()]
+def _show_speed(entry: Mapping[str, Any], fp16: Mapping[str, Any]) -> str:
+    speed = mean_speed(entry["latency_ms"], fp16)
+    return "" if speed is None else f"{speed:.2f}"
 
 
 def _wide_console() -> Console:

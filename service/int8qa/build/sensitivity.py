@@ -9,12 +9,21 @@ where it stopped.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from int8qa.build.accuracy import Accuracy
+from int8qa.build.calibration import Calibrator, Ranges
+from int8qa.build.identity import (
+    describe_machine,
+    hash_code,
+    hash_parts,
+    hash_questions,
+    read_versions,
+)
 from int8qa.build.quantization import Plan
 from int8qa.build.units import (
     Unit,
@@ -24,6 +33,7 @@ from int8qa.build.units import (
     split_units,
 )
 from int8qa.errors import BuildError
+from int8qa.reader.squad import SquadQuestion
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +113,75 @@ class FindingCache:
                 f"cannot write the cache {self._path}: {error.strerror}; give another "
                 f"--cache"
             ) from error
+
+
+def identify_findings(
+    plan: Plan,
+    ranges: Ranges,
+    *,
+    checkpoint_sha256: str,
+    calibration: Sequence[SquadQuestion],
+    calibrator: Calibrator,
+    smooth: bool,
+    evaluation: Sequence[SquadQuestion],
+    device: str,
+) -> str:
+    """Hash of all that a finding depends on but the part of ``plan`` it is of.
+
+    Besides what is given: the code, the libraries and the machine.
+
+    Args:
+        plan: fully quantized.
+        ranges: ``amax`` of each of its sites; six digits of each count, so that a sum
+            taken in another order is no other calibration.
+        checkpoint_sha256: of the files it was loaded from.
+        calibration: questions that ranges and smoothing come from.
+        calibrator: how the ranges, and what smoothing keeps, were chosen.
+        smooth: whether SmoothQuant went before.
+        evaluation: questions it is measured on.
+        device: the CPU, as the engine calls it.
+    """
+    return hash_parts(
+        {
+            "checkpoint": checkpoint_sha256,
+            "calibration": hash_questions(calibration),
+            "calibrator": calibrator.name,
+            "smooth": smooth,
+            "ranges": {name: _list_range(ranges[name]) for name in plan.names},
+            "unsigned": sorted(plan.unsigned),
+            "evaluation": hash_questions(evaluation),
+            "code": hash_code(),
+            "versions": read_versions(),
+            "machine": [describe_machine(), device],
+        }
+    )
+
+
+def _list_range(amax: Any) -> list[str] | str:
+    """Six digits of a range, or of each channel's."""
+    if isinstance(amax, float):
+        return f"{amax:.6g}"
+    return [f"{value:.6g}" for value in amax.flatten().tolist()]
+
+
+def default_cache() -> Path:
+    """Where findings are kept: ``$XDG_CACHE_HOME/int8qa``, else ``~/.cache/int8qa``."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "int8qa"
+
+
+def open_cache(directory: Path | None, key: str) -> FindingCache:
+    """The findings of one subject.
+
+    Args:
+        directory: where they are kept; None: :func:`default_cache`.
+        key: see :func:`identify_findings`.
+
+    Raises:
+        BuildError: the directory cannot be used.
+    """
+    path = (directory or default_cache()) / f"sensitivity-{key[:16]}.jsonl"
+    return FindingCache(path, key)
 
 
 def _read_line(line: str) -> dict[str, Any]:

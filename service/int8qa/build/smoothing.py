@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from int8qa.build.feed import run_reader
+from int8qa.build.projection import INT8_MAX
 from int8qa.build.quantization import Plan, quantizers_off
 from int8qa.build.sites import TensorClass
 from int8qa.errors import BuildError
@@ -32,7 +33,6 @@ MAX_ROWS = 1024
 _PEAK_ROWS = 4
 _SMALLEST = 1e-5
 """Ranges below this count as this: a dead channel must not blow up the scale."""
-_INT8_MAX = 127.0
 _RESIDUALS = (TensorClass.ATTENTION_RESIDUAL, TensorClass.FFN_RESIDUAL)
 
 
@@ -126,8 +126,8 @@ def _search_scale(
 
 def _fake_quantize(values: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
     """Symmetric INT8 and back: round(x * 127 / amax), clipped, times amax / 127."""
-    step = amax.clamp(min=_SMALLEST * _SMALLEST) / _INT8_MAX
-    return (values / step).round_().clamp_(-_INT8_MAX, _INT8_MAX) * step
+    step = amax.clamp(min=_SMALLEST * _SMALLEST) / INT8_MAX
+    return (values / step).round_().clamp_(-INT8_MAX, INT8_MAX) * step
 
 
 def _kept_range(values: torch.Tensor, keep: float) -> torch.Tensor:

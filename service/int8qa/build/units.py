@@ -7,8 +7,9 @@ are quantized, so they are never moved apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from int8qa.build.quantization import Plan
 from int8qa.build.sites import Site, TensorClass
@@ -42,6 +43,9 @@ KERNELS: dict[TensorClass, str] = {
 """What reads a tensor of each class: a GEMM, or a residual add."""
 
 
+UnitGroup = Literal["kernel", "kernel of all layers", "layer", "tensor class"]
+
+
 @dataclass(frozen=True, slots=True)
 class Unit:
     """Sites that are quantized, or left in float, together."""
@@ -55,17 +59,10 @@ class Unit:
     sites: frozenset[str]
     macs_per_token: int
     """Multiply-accumulates of its weight GEMMs."""
+    group: UnitGroup
+    """Which units it is to be compared with."""
     tensor_class: str | None = None
     """Of a unit that is one tensor class over all layers."""
-
-    @property
-    def group(self) -> str:
-        """Which units it is to be compared with."""
-        if self.tensor_class is not None:
-            return "tensor class"
-        if self.kernel is None:
-            return "layer"
-        return "kernel of all layers" if self.name.startswith("all ") else "kernel"
 
     def only(self, plan: Plan) -> Plan:
         """``plan`` with nothing but this unit quantized."""
@@ -84,7 +81,11 @@ def split_units(plan: Plan) -> list[Unit]:
         groups.setdefault((site.layer, kernel), []).append(site)
     return [
         _make_unit(
-            kernel if layer is None else f"layer {layer} {kernel}", layer, kernel, sites
+            kernel if layer is None else f"layer {layer} {kernel}",
+            "kernel",
+            sites,
+            layer=layer,
+            kernel=kernel,
         )
         for (layer, kernel), sites in groups.items()
     ]
@@ -96,7 +97,7 @@ def kernel_units(plan: Plan) -> list[Unit]:
     for site in plan.sites:
         groups.setdefault(KERNELS[site.tensor_class], []).append(site)
     return [
-        _make_unit(f"all {kernel}", None, kernel, sites)
+        _make_unit(f"all {kernel}", "kernel of all layers", sites, kernel=kernel)
         for kernel, sites in groups.items()
     ]
 
@@ -111,12 +112,10 @@ def class_units(plan: Plan) -> list[Unit]:
     for site in plan.sites:
         groups.setdefault(site.tensor_class, []).append(site)
     return [
-        Unit(
-            name=f"every {tensor_class}",
-            layer=None,
-            kernel=None,
-            sites=frozenset(site.name for site in sites),
-            macs_per_token=sum(site.macs_per_token for site in sites),
+        _make_unit(
+            f"every {tensor_class}",
+            "tensor class",
+            sites,
             tensor_class=str(tensor_class),
         )
         for tensor_class, sites in groups.items()
@@ -130,19 +129,26 @@ def layer_units(plan: Plan) -> list[Unit]:
         if site.layer is not None:
             groups.setdefault(site.layer, []).append(site)
     return [
-        _make_unit(f"layer {layer}", layer, None, sites)
+        _make_unit(f"layer {layer}", "layer", sites, layer=layer)
         for layer, sites in sorted(groups.items())
     ]
 
 
 def _make_unit(
-    name: str, layer: int | None, kernel: str | None, sites: Iterable[Site]
+    name: str,
+    group: UnitGroup,
+    sites: Sequence[Site],
+    *,
+    layer: int | None = None,
+    kernel: str | None = None,
+    tensor_class: str | None = None,
 ) -> Unit:
-    sites = list(sites)
     return Unit(
         name=name,
         layer=layer,
         kernel=kernel,
         sites=frozenset(site.name for site in sites),
         macs_per_token=sum(site.macs_per_token for site in sites),
+        group=group,
+        tensor_class=tensor_class,
     )

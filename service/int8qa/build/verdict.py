@@ -7,11 +7,12 @@ verdict. Measures nothing itself, and knows neither torch nor an engine.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from int8qa.build.accuracy import describe_share
+from int8qa.build.latency import geometric_mean
 from int8qa.errors import BuildError
 
 WORTHWHILE_GAIN = 1.05
@@ -108,9 +109,9 @@ def write_verdict(
         for shape, times in speeds.items()
     }
     best_float = min(
-        _FLOATS, key=lambda name: _geometric_mean([t[name] for t in speeds.values()])
+        _FLOATS, key=lambda name: geometric_mean([t[name] for t in speeds.values()])
     )
-    gain = _hundredths(_geometric_mean(list(against_best.values())))
+    gain = _hundredths(geometric_mean(list(against_best.values())))
     int8 = accuracies[_INT8]
     fast = gain >= _hundredths(WORTHWHILE_GAIN)
     comparable = not gate or accuracies["fp32"].f1 > 0
@@ -169,10 +170,6 @@ def _check_accuracies(accuracies: Mapping[str, MeasuredAccuracy]) -> None:
                     f"no verdict: {field} of {name} is {value}; it is finite and not "
                     f"below 0. Evaluate again"
                 )
-
-
-def _geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(math.fsum(map(math.log, values)) / len(values))
 
 
 def _hundredths(ratio: float) -> int:

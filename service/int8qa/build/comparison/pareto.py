@@ -6,7 +6,6 @@ description in words. Knows which calibrator is which colour, not why it is bett
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from int8qa.build.comparison.parts import (
     make_axis,
     make_note,
 )
+from int8qa.build.latency import geometric_mean
 
 _CLOSE = 0.9
 """Shares of F1 from here on set the range that the Pareto plot opens with."""
@@ -34,12 +34,12 @@ def mean_speed(latency_ms: Json, rival: Json) -> float | None:
             with this one, goes before the rival's own time.
         rival: by shape ``{"p50"}``.
     """
-    logs = [
-        math.log(ratio)
+    ratios = [
+        ratio
         for shape in latency_ms
         if (ratio := shape_speed(latency_ms, rival, shape)) is not None
     ]
-    return math.exp(sum(logs) / len(logs)) if logs else None
+    return geometric_mean(ratios) if ratios else None
 
 
 def shape_speed(latency_ms: Json, rival: Json, shape: str) -> float | None:

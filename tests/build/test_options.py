@@ -1,0 +1,86 @@
+"""What a build and a comparison may be told: defaults, and what follows from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from int8qa.build.calibration import Calibrator
+from int8qa.build.options import (
+    ALL_CALIBRATORS,
+    BuildOptions,
+    LaboratoryOptions,
+    list_advice,
+)
+from int8qa.build.quantization import RECIPES
+from int8qa.build.subject import data_name, questions_file
+from tests.build.builds import change_options
+
+
+def test_advice_names_what_was_not_tried() -> None:
+    """The most promising first; nothing that is already done."""
+    first = list_advice(
+        BuildOptions(
+            recipe=dataclasses.replace(RECIPES["full"], per_channel=False), smooth=False
+        )
+    )
+    assert [step.split()[0] for step in first[:5]] == [
+        *("--recipe", "--smooth", "--calibrator", "--weights", "--mixed"),
+    ]
+    last = list_advice(BuildOptions(calibrator=Calibrator("search"), mixed=True))
+    assert not any(step.startswith("--") for step in last)
+    assert len(last) == 2
+
+
+def test_demo_is_what_nobody_chose_anything_for(tmp_path: Path) -> None:
+    """Any choice but place and force makes a repository its owner's."""
+    plain = BuildOptions(model_repository=tmp_path, force=True)
+    assert plain.is_default
+    others: dict[str, Any] = {
+        "checkpoint": "acme/reader",
+        "recipe": dataclasses.replace(RECIPES["linear"], share_qkv=True),
+        "calibrator": Calibrator("max"),
+        "smooth": False,
+        "mixed": True,
+        "calibration_limit": 10,
+        "calibration": tmp_path / "mine.json",
+        "evaluation": tmp_path / "mine.json",
+        "gate": 0.5,
+    }
+    for name, value in others.items():
+        assert not change_options(plain, **{name: value}).is_default, name
+
+
+def test_own_questions_are_default() -> None:
+    """The defaults are the project's questions, told apart from a user's file."""
+    sources = BuildOptions().sources
+    assert sources.calibration == questions_file("calibration")
+    assert data_name(sources.evaluation, "evaluation") == "own"
+    # The evaluation file as calibration data is a choice, not the default.
+    assert data_name(sources.evaluation, "calibration") != "own"
+
+
+FINER = Calibrator("percentile", 99.9999)
+
+
+@pytest.mark.parametrize(
+    ("calibrators", "smooth", "smoothed"),
+    [
+        (ALL_CALIBRATORS, True, ["percentile-99.999", "search"]),
+        ((Calibrator("search"), Calibrator("max")), True, ["search"]),
+        ((Calibrator(), FINER), True, ["percentile-99.999"]),
+        # A method by its name, whatever stands beside it.
+        ((Calibrator("search", 99.9),), True, ["search"]),
+        ((Calibrator("max"), FINER), True, []),
+        (ALL_CALIBRATORS, False, []),
+    ],
+)
+def test_smoothed_are_among_those_compared(
+    calibrators: tuple[Calibrator, ...], smooth: bool, smoothed: list[str]
+) -> None:
+    """SmoothQuant is tried with the default and the search, if they were asked for."""
+    options = LaboratoryOptions(calibrators=calibrators, smooth=smooth)
+    assert [one.name for one in options.smoothed_calibrators] == smoothed
