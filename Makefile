@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test check bench golden lock settings clean
+.PHONY: help install up test check bench golden lock settings boards compose-test clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -24,6 +24,7 @@ check: install ## formatting, lint, types, import rules, generated docs
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/python scripts/generate_settings_table.py --check
+	@$(BIN)/python scripts/generate_boards.py --check
 
 bench: install ## engine latency by precision on this machine, and the build's report
 	@$(BIN)/int8qa build --force --model-repository $(or $(TMPDIR),/tmp)/int8qa-bench
@@ -39,6 +40,9 @@ lock: ## resolve requirements.lock anew (needs uv)
 	@UV_PYTHON_DOWNLOADS=never uv pip compile pyproject.toml --extra build --extra cpu --extra dev \
 	  --universal --python-version 3.10 --generate-hashes --no-header --no-annotate \
 	  $(foreach p,$(NOT_LOCKED),--no-emit-package $(p)) --output-file requirements.lock --quiet --upgrade
+
+boards: install ## write Grafana's boards from scripts/boards (Python 3.11 or newer)
+	@$(BIN)/python scripts/generate_boards.py
 
 settings: install ## write the README's settings table and .env from the code
 	@$(BIN)/python scripts/generate_settings_table.py
