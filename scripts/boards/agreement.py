@@ -40,7 +40,7 @@ def list_answers() -> list[Placed]:
         ),
         draw_heatmap(
             "Score deviation",
-            "How far INT8's score of its best answer lies from FP16's, 0 to 1, over "
+            "How far INT8's score of its best answer lies from FP16's, over "
             "all pairs. Dots are pairs that disagreed; their request_id is in the log.",
             Query(
                 "sum by (le) (increase(int8qa_comparison_score_deviation_bucket"

@@ -108,14 +108,62 @@ class LimitSettings(_Group):
 
 
 class ComparisonSettings(_Group):
-    """The INT8-against-FP16 window behind ``/v1/comparison``."""
+    """INT8 against FP16 under live traffic: ``/v1/comparison`` and its guard."""
 
     window: int = Field(
         default=2_000,
         ge=10,
         le=10**6,
-        description="most recent observations kept per precision",
+        description="most recent observations kept per precision, and pairs",
     )
+    fraction: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="share of answered questions asked again of INT8 and FP16, in "
+        "quiet moments, to compare them; 0: none",
+    )
+    capacity_share: float = Field(
+        default=0.05,
+        gt=0,
+        le=1,
+        description="most of the time that may go into asking again",
+    )
+    max_windows: int = Field(
+        default=8,
+        ge=1,
+        le=1024,
+        description="longer documents are not asked again: a request that comes "
+        "meanwhile waits for the batch",
+    )
+    guard: Literal["off", "alert", "fallback"] = Field(
+        default="alert",
+        description="when INT8 no longer agrees with FP16: alert shows it in metrics "
+        "and log, fallback also serves FP16 where no precision is asked for",
+    )
+    guard_agreement: float = Field(
+        default=0.8,
+        ge=0,
+        le=1,
+        description="the guard trips below this share of equal answers",
+    )
+    guard_hysteresis: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="and recovers at that share plus this, at most 1",
+    )
+    guard_pairs: int = Field(
+        default=100,
+        ge=1,
+        le=10**5,
+        description="over so many of the most recent pairs",
+    )
+
+    @property
+    def guard_recovery(self) -> float:
+        """Share of equal answers from which the guard recovers."""
+        return min(1.0, self.guard_agreement + self.guard_hysteresis)
 
 
 class EmbeddedSettings(_Group):
@@ -176,6 +224,11 @@ class Settings(BaseSettings):
     )
     log_format: Literal["console", "json"] = Field(
         default="console", description="console for people, json for collectors"
+    )
+    tracing: Literal["off", "otlp"] = Field(
+        default="off",
+        description="OpenTelemetry traces by OTLP; where to, the OTEL_ variables say; "
+        "needs the extra `tracing`",
     )
 
     triton: TritonSettings = Field(default_factory=TritonSettings)

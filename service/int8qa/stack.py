@@ -1,7 +1,8 @@
 """The whole service in one process tree: an embedded Triton and the gateway.
 
 In: settings and a complete model repository. Out: a gateway on its port, answering
-through a Triton that this process starts, watches and stops. What ``int8qa up`` runs.
+through a Triton that this process starts, watches and stops. What ``int8qa up`` runs;
+``int8qa triton`` runs the Triton alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from collections.abc import Callable, Iterator
 
 from int8qa.contract import TOKENIZER_FILENAME, load_contract
 from int8qa.embedded import TritonSupervisor, locate_triton
+from int8qa.embedded.launch import TritonPorts
 from int8qa.gateway.app import create_app, run_server
+from int8qa.gateway.tracing import open_tracing
 from int8qa.gateway.triton import TritonEngine
 from int8qa.reader.tokenizer import ReaderTokenizer
 from int8qa.settings import Settings
@@ -34,10 +37,13 @@ async def run_stack(
         on_ready: called once with the base URL, when all models can be asked.
 
     Raises:
+        ConfigurationError: tracing is asked for and not installed.
         MissingDependencyError: there is no Triton to run here.
         EmbeddedTritonError: Triton did not become ready; its own reason is given.
         ContractError: the model repository is incomplete.
     """
+    # What is missing is said before a Triton is started for nothing.
+    tracing = open_tracing(settings.tracing)
     installation = locate_triton()
     contract = load_contract(settings.model_repository)
     tokenizer = ReaderTokenizer.from_file(
@@ -51,12 +57,51 @@ async def run_stack(
     try:
         with _cancelled_by_signals():
             await supervisor.start()
-        engine = TritonEngine(supervisor.grpc_url, contract)
-        app = create_app(settings, contract, tokenizer, engine)
+        engine = TritonEngine(supervisor.grpc_url, contract, tracing=tracing)
+        app = create_app(settings, contract, tokenizer, engine, tracing=tracing)
         await run_server(app, listener, on_ready=on_ready)
     except asyncio.CancelledError:
         # A signal during start-up: what was started is stopped below, and there is
         # nobody left to tell.
+        return
+    finally:
+        await supervisor.stop()
+
+
+async def run_triton(
+    settings: Settings,
+    *,
+    host: str,
+    ports: TritonPorts,
+    on_ready: Callable[[str], None],
+) -> None:
+    """Run Triton alone until SIGINT or SIGTERM, started again whenever it ends.
+
+    Args:
+        settings: of the process; ``model_repository`` and ``embedded`` are read.
+        host: where gRPC and metrics listen.
+        ports: Triton's.
+        on_ready: called once with host:port of gRPC, when every model is loaded.
+
+    Raises:
+        MissingDependencyError: there is no Triton to run here.
+        EmbeddedTritonError: Triton did not become ready; its own reason is given.
+    """
+    supervisor = TritonSupervisor(
+        installation=locate_triton(),
+        model_repository=settings.model_repository,
+        settings=settings.embedded,
+        grpc_port=ports.grpc,
+        metrics_port=ports.metrics,
+        http_port=ports.http,
+        host=host,
+    )
+    try:
+        with _cancelled_by_signals():
+            await supervisor.start()
+            on_ready(supervisor.grpc_url)
+            await asyncio.Event().wait()
+    except asyncio.CancelledError:
         return
     finally:
         await supervisor.stop()

@@ -224,8 +224,8 @@ class Observer:
     def on_queue(self, precision, windows):
         self.queued = windows
 
-    def on_batch(self, precision, windows, padding_ratio):
-        self.batches.append((windows, padding_ratio))
+    def on_batch(self, precision, windows, tokens, padding_tokens):
+        self.batches.append((windows, padding_tokens / tokens))
 
 
 class Rig:

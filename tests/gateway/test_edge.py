@@ -88,11 +88,11 @@ async def test_client_that_leaves_frees_its_place(tokenizer, path: str, accept: 
                 writer.write(head.encode() + content.encode())
                 await writer.drain()
             await wait_until(
-                lambda: pipeline._inflight == clients and batcher.queued_windows
+                lambda: pipeline.activity.requests == clients and batcher.queued_windows
             )
             await stack.aclose()
             await wait_until(
-                lambda: pipeline._inflight == 0 and not batcher.queued_windows
+                lambda: pipeline.activity.requests == 0 and not batcher.queued_windows
             )
             assert len(service.engine.calls) == 1
             service.engine.open_gate.set()

@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,9 +103,11 @@ class Service:
         return code
 
 
-def start_service(port: int, **environment: str) -> Service:
+def start_service(
+    port: int, *, command: Sequence[str] | None = None, **environment: str
+) -> Service:
     process = subprocess.Popen(
-        up_command(),
+        command or up_command(),
         cwd=ROOT,
         env={**os.environ, "INT8QA_PORT": str(port), **environment},
         stdout=subprocess.PIPE,

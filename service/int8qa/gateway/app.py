@@ -8,12 +8,8 @@ is there; or the whole as a process that ends gracefully on SIGTERM.
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import hashlib
-import importlib.resources
 import math
-import re
 import signal
 import socket
 import threading
@@ -36,11 +32,13 @@ from int8qa.contract import (
     load_contract,
 )
 from int8qa.errors import ConfigurationError, Int8qaError
+from int8qa.gateway import batches, routes, status
 from int8qa.gateway.comparison import ComparisonWindow
 from int8qa.gateway.edge import RequestEdge, note_problem
 from int8qa.gateway.engine import Engine
 from int8qa.gateway.logs import configure_logging
 from int8qa.gateway.openapi import describe_api
+from int8qa.gateway.page import build_page_router, load_files
 from int8qa.gateway.pipeline import AnswerPipeline
 from int8qa.gateway.problems import (
     INVALID,
@@ -49,8 +47,9 @@ from int8qa.gateway.problems import (
     RequestProblemError,
     describe_problem,
 )
-from int8qa.gateway.routes import Gateway, get_gateway, get_record, router
+from int8qa.gateway.routes import Gateway, get_gateway, get_record
 from int8qa.gateway.telemetry import Telemetry
+from int8qa.gateway.tracing import NO_TRACING, Tracing, open_tracing
 from int8qa.gateway.triton import TritonEngine
 from int8qa.reader.tokenizer import ReaderTokenizer
 from int8qa.settings import Settings
@@ -72,8 +71,12 @@ def create_app(
     contract: Contract,
     tokenizer: ReaderTokenizer,
     engine: Engine,
+    *,
+    tracing: Tracing = NO_TRACING,
 ) -> FastAPI:
     """Build the application; ``app.state.gateway`` holds its parts.
+
+    Its end closes the engine and ``tracing``.
 
     Raises:
         ConfigurationError: the default precision is not in the model repository.
@@ -82,7 +85,8 @@ def create_app(
     telemetry = Telemetry(contract)
     telemetry.declare_reasons(REJECTION_REASONS)
     comparison = ComparisonWindow(settings.comparison.window, contract.models)
-    telemetry.set_speedup_source(comparison.speedup)
+    telemetry.read_comparison(comparison)
+    telemetry.set_guard_threshold(settings.comparison.guard_agreement)
     pipeline = AnswerPipeline(
         settings,
         contract,
@@ -90,9 +94,8 @@ def create_app(
         engine,
         telemetry=telemetry,
         comparison=comparison,
+        tracing=tracing,
     )
-    static = importlib.resources.files("int8qa.gateway") / "static"
-    page = (static / "index.html").read_text(encoding="utf-8")
 
     @contextlib.asynccontextmanager
     async def run_lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -101,6 +104,7 @@ def create_app(
             yield
         finally:
             await pipeline.close()
+            await asyncio.to_thread(tracing.close)
 
     # FastAPI's own page loads its scripts from a CDN: blank where there is no internet.
     app = FastAPIOffline(
@@ -110,6 +114,14 @@ def create_app(
         lifespan=run_lifespan,
         redirect_slashes=False,
         redoc_url=None,
+        # FastAPI's own spans and logs, where it has any, quote query strings and the
+        # messages of exceptions.
+        telemetry={
+            "tracing": False,
+            "metrics": False,
+            "logs": False,
+            "auto_configure": False,
+        },
     )
     app.state.gateway = Gateway(
         settings=settings,
@@ -117,15 +129,17 @@ def create_app(
         pipeline=pipeline,
         telemetry=telemetry,
         comparison=comparison,
-        index_page=page,
-        index_policy=describe_policy(page),
     )
     app.state.plain_paths = frozenset({"/docs", "/openapi.json"})
-    app.include_router(router)
+    app.include_router(routes.router)
+    app.include_router(batches.router)
+    app.include_router(status.router)
+    app.include_router(build_page_router(load_files()))
     app.add_middleware(
         RequestEdge,
         telemetry=telemetry,
         max_body_bytes=settings.limits.max_body_bytes,
+        tracing=tracing,
     )
     for kind in (
         Int8qaError,
@@ -141,23 +155,6 @@ def create_app(
         default_precision=pipeline.default_precision.value,
     )
     return app
-
-
-def describe_policy(page: str) -> str:
-    """The Content-Security-Policy of a page: its own scripts run, and no others.
-
-    Source: W3C Content Security Policy Level 3, section 2.3.1: an inline script is
-    allowed by the SHA-256 of its text.
-    """
-    hashes = [
-        base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-        for script in re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
-    ]
-    scripts = " ".join(f"'sha256-{digest}'" for digest in hashes) or "'none'"
-    return (
-        f"default-src 'self'; script-src {scripts}; style-src 'unsafe-inline'; "
-        f"frame-ancestors 'none'; base-uri 'none'"
-    )
 
 
 async def _handle_error(request: Request, error: Exception) -> Response:
@@ -327,7 +324,8 @@ def serve(
         on_ready: called once with the base URL, when all models can first be asked.
 
     Raises:
-        ConfigurationError: the port is taken, or the default precision not built.
+        ConfigurationError: the port is taken, the default precision not built, or
+            tracing asked for and not installed.
         ContractError: the model repository is incomplete.
         CheckpointError: its tokenizer cannot be read.
     """
@@ -336,8 +334,9 @@ def serve(
     tokenizer = ReaderTokenizer.from_file(
         settings.model_repository / TOKENIZER_FILENAME
     )
-    engine = TritonEngine(settings.triton.url, contract)
-    app = create_app(settings, contract, tokenizer, engine)
+    tracing = open_tracing(settings.tracing)
+    engine = TritonEngine(settings.triton.url, contract, tracing=tracing)
+    app = create_app(settings, contract, tokenizer, engine, tracing=tracing)
     if listener is None:
         listener = bind_socket(settings.host, settings.port)
     run_event_loop(run_server(app, listener, on_ready=on_ready))

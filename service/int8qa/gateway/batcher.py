@@ -29,6 +29,7 @@ from int8qa.errors import (
     QueueFullError,
     ShuttingDownError,
 )
+from int8qa.gateway.tracing import NO_TRACING, CallTrace, Tracing
 from int8qa.reader.windows import Window
 from int8qa.settings import BatcherSettings
 
@@ -75,9 +76,9 @@ class BatchObserver(Protocol):
         """So many windows are queued now."""
 
     def on_batch(
-        self, precision: Precision, windows: int, padding_ratio: float
+        self, precision: Precision, windows: int, tokens: int, padding_tokens: int
     ) -> None:
-        """A batch goes out; this share of its B x S tokens is padding, in [0, 1)."""
+        """A batch of B x S ``tokens`` goes out, so many of them padding."""
 
 
 @dataclass(eq=False, slots=True)
@@ -88,6 +89,7 @@ class _Request:
     arrival: float
     deadline: float
     answer: asyncio.Future[list[WindowResult]]
+    trace: CallTrace
     results: dict[int, WindowResult] = field(default_factory=dict)
 
     def receive(self, index: int, result: WindowResult) -> None:
@@ -204,6 +206,7 @@ class Batcher:
         infer: Infer,
         *,
         observer: BatchObserver | None = None,
+        tracing: Tracing = NO_TRACING,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._precision = precision
@@ -211,6 +214,7 @@ class Batcher:
         self._settings = settings
         self._infer = infer
         self._observer = observer
+        self._tracing = tracing
         self._clock = clock
         budget, sizes = contract.max_batch_tokens, contract.batch_sizes
         self._buckets = {
@@ -281,7 +285,8 @@ class Batcher:
 
         loop, now = asyncio.get_running_loop(), self._clock()
         until = math.inf if deadline is None else deadline
-        request = _Request(windows, now, until, loop.create_future())
+        trace = self._tracing.trace_call(self._precision, len(windows))
+        request = _Request(windows, now, until, loop.create_future(), trace)
         timer: asyncio.TimerHandle | None = None
         if deadline is not None:
             timer = loop.call_later(deadline - now, self._expire, request)
@@ -297,6 +302,7 @@ class Batcher:
                 timer.cancel()
             self._requests.discard(request)
             self._drop(request)
+            trace.end(request.answer)
 
     async def close(self, timeout_s: float) -> None:
         """Refuse what is new, answer what was accepted, stop within ``timeout_s``.
@@ -417,9 +423,14 @@ class Batcher:
             batch = self._assemble_batch(length, rows)
             deadline = max(request.deadline for request, _ in rows)
             dispatched = self._clock()
-            logits = await self._infer(
-                self._precision, batch, None if math.isinf(deadline) else deadline
-            )
+            with self._tracing.trace_batch(
+                [request.trace for request, _ in rows],
+                self._precision,
+                batch.input_ids.shape,
+            ):
+                logits = await self._infer(
+                    self._precision, batch, None if math.isinf(deadline) else deadline
+                )
             answered = self._clock()
             failure = EngineOutputError
             _check_shapes(logits, batch.input_ids.shape)
@@ -457,8 +468,9 @@ class Batcher:
             attention_mask[row, :own] = 1
             token_type_ids[row, :own] = window.token_type_ids
         if self._observer is not None:
-            padding_ratio = 1 - float(attention_mask.mean())
-            self._observer.on_batch(self._precision, len(rows), padding_ratio)
+            tokens = attention_mask.size
+            padding_tokens = tokens - int(attention_mask.sum())
+            self._observer.on_batch(self._precision, len(rows), tokens, padding_tokens)
         return PaddedBatch(input_ids, attention_mask, token_type_ids)
 
     def _on_batch_end(self, task: asyncio.Task[None]) -> None:

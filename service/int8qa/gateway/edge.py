@@ -29,6 +29,7 @@ from int8qa.gateway.telemetry import (
     RequestRecord,
     Telemetry,
 )
+from int8qa.gateway.tracing import NO_TRACING, Tracing
 from int8qa.gateway.waiting import finish_within
 
 T = TypeVar("T")
@@ -54,10 +55,16 @@ class RequestEdge:
     """ASGI middleware; one per application."""
 
     def __init__(
-        self, app: ASGIApp, *, telemetry: Telemetry, max_body_bytes: int
+        self,
+        app: ASGIApp,
+        *,
+        telemetry: Telemetry,
+        max_body_bytes: int,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         self._app = app
         self._telemetry = telemetry
+        self._tracing = tracing
         self._max_body_bytes = max_body_bytes
         self._log = get_logger()
 
@@ -72,6 +79,7 @@ class RequestEdge:
             method=scope["method"],
         )
         scope.setdefault("state", {})["record"] = record
+        trace = self._tracing.trace_request(scope)
         body = _BoundedBody(receive, headers, self._max_body_bytes)
 
         send_decorated = _decorate_send(send, record, body)
@@ -93,11 +101,16 @@ class RequestEdge:
         finally:
             record.route = _label_route(scope)
             seconds = time.monotonic() - started
+            trace.end(record)
             self._telemetry.observe_request(record, seconds)
-            self._write_line(record, seconds)
+            self._write_line(record, seconds, trace.trace_id)
 
-    def _write_line(self, record: RequestRecord, seconds: float) -> None:
+    def _write_line(
+        self, record: RequestRecord, seconds: float, trace_id: str | None
+    ) -> None:
         fields = _list_log_fields(record, seconds)
+        if trace_id is not None:
+            fields["trace_id"] = trace_id
         if record.failure is not None:
             self._log.error("request", **fields)
         elif record.status >= 500:
@@ -108,7 +121,9 @@ class RequestEdge:
             self._log.info("request", **fields)
 
 
-_QUIET_ROUTES = frozenset({"/live", "/ready", "/metrics"})
+_QUIET_ROUTES = frozenset(
+    {"/live", "/ready", "/metrics", "/v1/comparison", "/v1/models", "/static/{name}"}
+)
 """Asked every few seconds by machines; their successes are worth a debug line."""
 
 

@@ -13,9 +13,8 @@ import functools
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TypeVar
 
 from int8qa.contract import Contract, Precision
@@ -23,6 +22,7 @@ from int8qa.errors import (
     ConfigurationError,
     ContractError,
     DeadlineExceededError,
+    EngineOutputError,
     EngineUnavailableError,
     InputTooLargeError,
     Int8qaError,
@@ -30,21 +30,21 @@ from int8qa.errors import (
     QueueFullError,
     ShuttingDownError,
 )
+from int8qa.gateway.activity import Activity
 from int8qa.gateway.batcher import Batcher, BatchLogits, PaddedBatch
-from int8qa.gateway.comparison import ComparisonWindow
+from int8qa.gateway.comparison import ComparisonWindow, Pair, build_pair
 from int8qa.gateway.engine import Engine, ReadinessWatch, find_rebuild
+from int8qa.gateway.guard import AgreementGuard, GuardReport
 from int8qa.gateway.logs import describe_exception, get_logger
+from int8qa.gateway.query import BOTH, PAIR, Outcome, PrecisionChoice, Query, Run
+from int8qa.gateway.shadow import Sample, Shadow
 from int8qa.gateway.telemetry import StageSeconds, Telemetry
+from int8qa.gateway.tracing import NO_TRACING, Tracing
 from int8qa.gateway.waiting import finish_within
 from int8qa.reader.spans import Span, decode_spans
 from int8qa.reader.tokenizer import ReaderTokenizer
 from int8qa.reader.windows import Window, split_tokens
 from int8qa.settings import Settings
-
-BOTH = "both"
-"""The ``precision`` that asks INT8 and FP16 and compares them."""
-
-PAIR = (Precision.INT8, Precision.FP16)
 
 _INLINE_WINDOWS = 4
 """Up to so many windows are decoded on the event loop: a thread costs more."""
@@ -53,64 +53,6 @@ _PENDING_CONTEXTS = 8
 """Longest contexts' worth of characters that may wait for a tokenizing thread."""
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class PrecisionChoice:
-    """What a request's ``precision`` means here."""
-
-    label: str
-    """As asked, or the default's name; one of a closed set."""
-    precisions: tuple[Precision, ...]
-    answering: Precision
-    """Whose answer is the answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """One question and how it is to be answered."""
-
-    question: str
-    context: str
-    choice: PrecisionChoice
-    top_k: int
-    max_answer_tokens: int
-    doc_stride: int
-    allow_no_answer: bool
-    max_window_tokens: int
-    max_question_tokens: int | None = None
-    align_to_words: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One precision's answers to a query, best first, never empty."""
-
-    spans: tuple[Span, ...]
-    stages: StageSeconds
-
-    @property
-    def best(self) -> Span | None:
-        """The best answer, None where the null answer won."""
-        return None if self.spans[0].is_null else self.spans[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a query."""
-
-    choice: PrecisionChoice
-    windows: int
-    runs: dict[Precision, Run]
-    stages: StageSeconds
-    """Sums over the precisions asked; the texts are tokenized once."""
-    agreement: bool | None = None
-    speedup: float | None = None
-
-    @property
-    def run(self) -> Run:
-        """The run whose answer is the answer."""
-        return self.runs[self.choice.answering]
 
 
 def resolve_default_precision(settings: Settings, contract: Contract) -> Precision:
@@ -153,6 +95,7 @@ class AnswerPipeline:
         *,
         telemetry: Telemetry,
         comparison: ComparisonWindow,
+        tracing: Tracing = NO_TRACING,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.default_precision = resolve_default_precision(settings, contract)
@@ -180,6 +123,7 @@ class AnswerPipeline:
         self._engine = engine
         self._telemetry = telemetry
         self._comparison = comparison
+        self._tracing = tracing
         self._batchers = {
             precision: Batcher(
                 precision,
@@ -187,6 +131,7 @@ class AnswerPipeline:
                 settings.batcher,
                 self._infer,
                 observer=telemetry,
+                tracing=tracing,
                 clock=clock,
             )
             for precision in contract.models
@@ -194,9 +139,16 @@ class AnswerPipeline:
         self._threads: ThreadPoolExecutor | None = None
         self._pending_chars = 0
         self._turn = itertools.count()
-        self._inflight = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self.activity = Activity(telemetry.set_inflight)
+        self.guard = AgreementGuard(settings.comparison, on_switch=self._on_switch)
+        self.shadow = Shadow(
+            settings.comparison,
+            self.activity,
+            ask=self._ask_again,
+            report=self._note_pair,
+            observer=telemetry,
+            clock=clock,
+        )
         self._draining = False
         self._drained = False
 
@@ -209,13 +161,16 @@ class AnswerPipeline:
         for batcher in self._batchers.values():
             await batcher.start()
         await self.watch.start()
+        if all(precision in self._contract.models for precision in PAIR):
+            await self.shadow.start()
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse what is new, finish what was accepted, fail the rest in time."""
         self._draining = True
         until = self.clock() + timeout_s
+        await self.shadow.close()
         with contextlib.suppress(asyncio.TimeoutError):
-            await finish_within(self._idle.wait(), timeout_s)
+            await finish_within(self.activity.wait_idle(), timeout_s)
         await asyncio.gather(
             *(
                 batcher.close(max(0.0, until - self.clock()))
@@ -251,6 +206,21 @@ class AnswerPipeline:
             parts["gateway"] = "shutting down"
         return parts
 
+    @property
+    def serving_precision(self) -> Precision:
+        """What a request that names no precision gets now.
+
+        The default; or FP16 while the guard diverts from INT8, if FP16 can serve: an
+        answer under suspicion is better than none.
+        """
+        if (
+            self.guard.diverts
+            and self.default_precision is Precision.INT8
+            and self.watch.is_ready(Precision.FP16)
+        ):
+            return Precision.FP16
+        return self.default_precision
+
     def list_precisions(self) -> list[str]:
         """Allowed values of a request's ``precision``."""
         allowed = [precision.value for precision in self._contract.models]
@@ -266,39 +236,30 @@ class AnswerPipeline:
         Raises:
             InvalidInputError: it is unknown or not loaded; lists what is.
         """
-        default = self.default_precision
         if name is None:
-            return PrecisionChoice(default.value, (default,), default)
+            served = self.serving_precision
+            return PrecisionChoice(served.value, (served,), served)
         allowed = self.list_precisions()
         if name not in allowed:
             raise InvalidInputError(
                 field, f"unknown {field}; allowed here: {', '.join(allowed)}"
             )
         if name == BOTH:
+            default = self.serving_precision
             answering = default if default in PAIR else Precision.INT8
             return PrecisionChoice(BOTH, PAIR, answering)
         precision = Precision(name)
         return PrecisionChoice(name, (precision,), precision)
 
-    @contextlib.contextmanager
-    def admit(self) -> Iterator[None]:
-        """Count a request while it is worked on.
+    def admit(self) -> contextlib.AbstractContextManager[None]:
+        """Count a request while it is worked on, as the context manager returned.
 
         Raises:
             ShuttingDownError: the service is draining.
         """
         if self._draining:
             raise ShuttingDownError("the service is shutting down; ask again shortly")
-        self._inflight += 1
-        self._idle.clear()
-        self._telemetry.set_inflight(self._inflight)
-        try:
-            yield
-        finally:
-            self._inflight -= 1
-            self._telemetry.set_inflight(self._inflight)
-            if not self._inflight:
-                self._idle.set()
+        return self.activity.request()
 
     async def answer(self, query: Query, *, deadline: float) -> Outcome:
         """Answer one question.
@@ -316,56 +277,102 @@ class AnswerPipeline:
         self._check_texts(query)
         for precision in query.choice.precisions:
             self.watch.require(precision)
-        started = self.clock()
-        windows = await self._split(query, deadline)
-        tokenize_s = self.clock() - started
+        with self.activity.question(), self._tracing.trace_stage("answer"):
+            started = self.clock()
+            with self._tracing.trace_stage("tokenize"):
+                windows = await self._split(query, deadline)
+            tokenize_s = self.clock() - started
+            if len(query.choice.precisions) > 1:
+                return await self._answer_both(query, windows, tokenize_s, deadline)
+            (precision,) = query.choice.precisions
+            try:
+                run = await self._run(precision, query, windows, tokenize_s, deadline)
+            except EngineOutputError:
+                if precision is Precision.INT8:
+                    self.guard.add(agreed=False)
+                raise
+        self._note_run(precision, run)
+        self.shadow.offer(Sample(query, windows))
+        return Outcome(query.choice, len(windows), {precision: run}, run.stages)
 
-        order = query.choice.precisions
-        if len(order) > 1 and next(self._turn) % 2:
-            order = order[::-1]
+    async def _answer_both(
+        self, query: Query, windows: list[Window], tokenize_s: float, deadline: float
+    ) -> Outcome:
         runs: dict[Precision, Run] = {}
+        alone = self.activity.questions == 1 and not self.shadow.busy
+        arrivals = self.activity.arrivals
         try:
-            for precision in order:
+            for precision in PAIR if next(self._turn) % 2 == 0 else PAIR[::-1]:
                 runs[precision] = await self._run(
                     precision, query, windows, tokenize_s, deadline
                 )
         except Int8qaError:
-            if len(order) > 1:
-                self._comparison.add_error()
-                self._telemetry.count_comparison_error()
+            self._note_pair(None)
             raise
         for precision, run in runs.items():
-            self._comparison.add_single(precision, run.stages.inference)
-        if len(order) == 1:
-            run = runs[order[0]]
-            return Outcome(query.choice, len(windows), runs, run.stages)
-        return self._compare(query.choice, len(windows), runs, tokenize_s)
-
-    def _compare(
-        self,
-        choice: PrecisionChoice,
-        windows: int,
-        runs: dict[Precision, Run],
-        tokenize_s: float,
-    ) -> Outcome:
-        int8, fp16 = runs[Precision.INT8], runs[Precision.FP16]
-        texts = [run.best.text if run.best else None for run in (int8, fp16)]
-        agreed = texts[0] == texts[1]
-        int8_s, fp16_s = int8.stages.inference, fp16.stages.inference
-        self._comparison.add_pair(int8_s=int8_s, fp16_s=fp16_s, agreed=agreed)
-        self._telemetry.observe_pair(int8_s=int8_s, fp16_s=fp16_s, agreed=agreed)
+            self._note_run(precision, run)
+        pair = build_pair(
+            runs,
+            undisturbed=alone and self.activity.arrivals == arrivals,
+            request_id=query.request_id,
+            windows=len(windows),
+            question_chars=len(query.question),
+            context_chars=len(query.context),
+            seen_s=self.clock(),
+        )
+        self._note_pair(pair)
         return Outcome(
-            choice,
-            windows,
+            query.choice,
+            len(windows),
             runs,
             StageSeconds(
                 tokenize=tokenize_s,
-                queue=int8.stages.queue + fp16.stages.queue,
-                inference=int8_s + fp16_s,
-                decode=int8.stages.decode + fp16.stages.decode,
+                queue=sum(run.stages.queue for run in runs.values()),
+                inference=pair.int8_s + pair.fp16_s,
+                decode=sum(run.stages.decode for run in runs.values()),
             ),
-            agreement=agreed,
-            speedup=fp16_s / int8_s if int8_s > 0 else None,
+            agreement=pair.agreed,
+            speedup=pair.fp16_s / pair.int8_s if pair.int8_s > 0 else None,
+        )
+
+    async def _ask_again(self, sample: Sample, precision: Precision) -> Run:
+        """A shadow's run: as a request's, but no request's latency."""
+        self.watch.require(precision)
+        try:
+            return await self._run(
+                precision,
+                sample.query,
+                sample.windows,
+                0.0,
+                self.clock() + self._settings.limits.request_timeout_s,
+            )
+        except EngineOutputError:
+            if precision is Precision.INT8:
+                self.guard.add(agreed=False)
+            raise
+
+    def _note_run(self, precision: Precision, run: Run) -> None:
+        self._telemetry.observe_stages(precision, run.stages)
+        self._comparison.add_single(precision, run.stages.inference)
+
+    def _note_pair(self, pair: Pair | None) -> None:
+        """Keep a pair, or count one in which a side failed."""
+        if pair is None:
+            self._comparison.add_error()
+            self._telemetry.count_comparison_error()
+            return
+        self._comparison.add_pair(pair)
+        self._telemetry.observe_pair(pair)
+        self.guard.add(agreed=pair.agreed)
+
+    def _on_switch(self, tripped: bool, report: GuardReport) -> None:
+        self._telemetry.count_guard_switch(tripped=tripped)
+        get_logger().warning(
+            "guard_tripped" if tripped else "guard_recovered",
+            agreement=report.agreement,
+            pairs=report.pairs,
+            mode=self._settings.comparison.guard,
+            serving=self.serving_precision.value,
         )
 
     def _check_texts(self, query: Query) -> None:
@@ -459,17 +466,17 @@ class AnswerPipeline:
                 align_to_words=query.align_to_words,
             )
 
-        if len(windows) <= _INLINE_WINDOWS:
-            spans = decode()
-        else:
-            spans = await self._run_in_thread(decode, deadline=deadline)
+        with self._tracing.trace_stage("decode"):
+            if len(windows) <= _INLINE_WINDOWS:
+                spans = decode()
+            else:
+                spans = await self._run_in_thread(decode, deadline=deadline)
         stages = StageSeconds(
             tokenize=tokenize_s,
             queue=queue_s,
             inference=done_s - queue_s,
             decode=self.clock() - started,
         )
-        self._telemetry.observe_stages(precision, stages)
         return Run(tuple(spans), stages)
 
     async def _infer(

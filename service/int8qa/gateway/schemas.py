@@ -427,13 +427,81 @@ class LatencySummary(_Reply):
     p99_ms: float | None
 
 
+class LatencyHistogram(_Reply):
+    """Undisturbed pairs by inference time; bin i is from edge i to edge i + 1."""
+
+    edges_ms: list[float] = Field(description="ascending, in equal ratios")
+    int8: list[int] = Field(description="pairs per bin; the outer bins hold the rest")
+    fp16: list[int]
+
+
+class ScoreDeviation(_Reply):
+    """Difference of the two best answers' scores; null without a pair."""
+
+    mean: float | None = Field(ge=0)
+    p95: float | None = Field(ge=0)
+
+
+class SamplingReport(_Reply):
+    """What was asked again in quiet moments."""
+
+    fraction: float = Field(ge=0, le=1, description="share of questions wanted")
+    capacity_share: float = Field(ge=0, le=1, description="most of the time allowed")
+    spent_share: float = Field(ge=0, description="share of the time since start spent")
+    replayed: int = Field(ge=0, description="pairs from asking again, since start")
+    waiting: int = Field(ge=0, description="questions that wait for a quiet moment")
+    skipped: dict[str, int] = Field(
+        description="questions given up, by reason: busy, capacity, too_long"
+    )
+    disturbed: int = Field(
+        ge=0, description="of the replayed, those whose times do not count"
+    )
+
+
+class GuardDescription(_Reply):
+    """Whether INT8 still gives FP16's answers."""
+
+    mode: str = Field(description="`off`, `alert` or `fallback`")
+    state: str = Field(description="`off`, `collecting`, `ok` or `tripped`")
+    agreement: float | None = Field(
+        ge=0, le=1, description="over the most recent `needed` pairs"
+    )
+    pairs: int = Field(ge=0)
+    needed: int = Field(ge=1)
+    threshold: float = Field(description="trips below")
+    recovery: float = Field(description="recovers at or above")
+    switches: int = Field(ge=0, description="trips and recoveries since start")
+    serving: str = Field(description="what a request that names no precision gets now")
+
+
+class DisputedAnswer(_Reply):
+    """Where one precision saw the answer; code points of the request's context."""
+
+    start: int = Field(ge=0)
+    end: int = Field(ge=0)
+    score: float = Field(ge=0)
+
+
+class Disagreement(_Reply):
+    """A recent pair that differed: ids and sizes, never texts."""
+
+    request_id: str = Field(description="as in `X-Request-Id` and the log")
+    age_s: float = Field(ge=0)
+    windows: int = Field(ge=1)
+    question_chars: int = Field(ge=0)
+    context_chars: int = Field(ge=0)
+    int8: DisputedAnswer | None = Field(description="null: no answer")
+    fp16: DisputedAnswer | None
+
+
 class ComparisonReport(_Reply):
     """INT8 against FP16 over the recent window.
 
-    ``count``, ``int8``, ``fp16``, ``speedup`` and ``agreement`` speak of pairs: the
-    same question asked of both, so their ratio is fair. ``unpaired`` holds every
-    precision's own recent requests: it needs no ``both`` traffic, but each saw other
-    questions, so do not divide one by the other.
+    ``count``, ``agreement`` and ``score_deviation`` speak of pairs: the same question
+    asked of both. ``int8``, ``fp16``, ``speedup`` and ``latency_histogram`` speak of
+    those in which each ran by itself on an idle engine, so that their ratio is fair.
+    ``unpaired`` holds every precision's own recent requests; each saw other questions,
+    so do not divide one by the other.
     """
 
     model_config = ConfigDict(
@@ -466,6 +534,33 @@ class ComparisonReport(_Reply):
                             "p99_ms": 20.2,
                         },
                     },
+                    "latency_histogram": {
+                        "edges_ms": [5.0, 10.0, 20.0, 40.0],
+                        "int8": [2, 0, 0],
+                        "fp16": [0, 1, 1],
+                    },
+                    "score_deviation": {"mean": 0.02, "p95": 0.03},
+                    "sampling": {
+                        "fraction": 0.1,
+                        "capacity_share": 0.05,
+                        "spent_share": 0.01,
+                        "replayed": 2,
+                        "waiting": 0,
+                        "skipped": {"busy": 0, "capacity": 0, "too_long": 0},
+                        "disturbed": 0,
+                    },
+                    "guard": {
+                        "mode": "alert",
+                        "state": "collecting",
+                        "agreement": 1.0,
+                        "pairs": 2,
+                        "needed": 100,
+                        "threshold": 0.8,
+                        "recovery": 0.85,
+                        "switches": 0,
+                        "serving": "int8",
+                    },
+                    "disagreements": [],
                 }
             ]
         }
@@ -476,7 +571,7 @@ class ComparisonReport(_Reply):
     int8: LatencySummary
     fp16: LatencySummary
     speedup: float | None = Field(
-        description="median over the pairs of FP16 time / INT8 time"
+        description="median over the undisturbed pairs of FP16 time / INT8 time"
     )
     agreement: float | None = Field(
         ge=0, le=1, description="share of pairs with the same answer"
@@ -485,6 +580,13 @@ class ComparisonReport(_Reply):
         ge=0, description="pairs in which a precision failed, since start"
     )
     unpaired: dict[str, LatencySummary]
+    latency_histogram: LatencyHistogram
+    score_deviation: ScoreDeviation
+    sampling: SamplingReport
+    guard: GuardDescription
+    disagreements: list[Disagreement] = Field(
+        max_length=10, description="most convinced first"
+    )
 
 
 class ModelDescription(_Reply):

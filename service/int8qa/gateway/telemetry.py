@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from prometheus_client import (
     CollectorRegistry,
@@ -18,10 +19,13 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
-    generate_latest,
 )
+from prometheus_client.exposition import choose_encoder
 
 from int8qa.contract import Contract, Precision
+
+if TYPE_CHECKING:
+    from int8qa.gateway.comparison import ComparisonWindow, Pair
 
 SECONDS_BUCKETS = (
     0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075,
@@ -31,8 +35,13 @@ SECONDS_BUCKETS = (
 """Upper bounds in seconds: a 1 ms GPU answer and a 60 s document both resolve."""
 
 WINDOWS_BUCKETS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0, 128.0)
+DEVIATION_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+_MAX_EXEMPLAR_CHARS = 64
+"""OpenMetrics 1.0 allows an exemplar's names and values 128 characters together."""
 RATIO_BUCKETS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
+SKIP_REASONS = ("busy", "capacity", "too_long")
+"""Why a sampled question is not asked again."""
 STAGES = ("tokenize", "queue", "inference", "decode")
 NO_PRECISION = "none"
 """Precision label of requests that never got as far as choosing one."""
@@ -146,9 +155,64 @@ class Telemetry:
             buckets=SECONDS_BUCKETS,
             registry=self.registry,
         )
+        self._batch_tokens_total = Counter(
+            "int8qa_batch_tokens_total",
+            "Tokens in the batches sent to the engine, padding included",
+            ("precision",),
+            registry=self.registry,
+        )
+        self._batch_padding_tokens_total = Counter(
+            "int8qa_batch_padding_tokens_total",
+            "Those of them that are padding",
+            ("precision",),
+            registry=self.registry,
+        )
         self._comparison_speedup_ratio = Gauge(
             "int8qa_comparison_speedup_ratio",
             "Median of FP16 time / INT8 time over the recent pairs; NaN without any",
+            registry=self.registry,
+        )
+        self._comparison_agreement_ratio = Gauge(
+            "int8qa_comparison_agreement_ratio",
+            "Share of the recent pairs with the same answer; NaN without any",
+            registry=self.registry,
+        )
+        self._comparison_score_deviation = Histogram(
+            "int8qa_comparison_score_deviation",
+            "Difference of INT8's and FP16's score of the best answer",
+            buckets=DEVIATION_BUCKETS,
+            registry=self.registry,
+        )
+        self._comparison_disturbed_total = Counter(
+            "int8qa_comparison_disturbed_total",
+            "Pairs whose latencies do not count, since others came meanwhile",
+            registry=self.registry,
+        )
+        self._comparison_skipped_total = Counter(
+            "int8qa_comparison_skipped_total",
+            "Sampled questions that were not asked again",
+            ("reason",),
+            registry=self.registry,
+        )
+        self._comparison_busy_seconds_total = Counter(
+            "int8qa_comparison_busy_seconds_total",
+            "Wall time spent on asking again; its rate is the share of capacity",
+            registry=self.registry,
+        )
+        self._guard_tripped = Gauge(
+            "int8qa_guard_tripped",
+            "1 while INT8 agrees too seldom with FP16, else 0",
+            registry=self.registry,
+        )
+        self._guard_switches_total = Counter(
+            "int8qa_guard_switches_total",
+            "How often the guard tripped (to fp16) and recovered (to int8)",
+            ("to",),
+            registry=self.registry,
+        )
+        self._guard_agreement_threshold = Gauge(
+            "int8qa_guard_agreement_threshold",
+            "Share of equal answers below which the guard trips",
             registry=self.registry,
         )
         self._model_info = Gauge(
@@ -172,8 +236,14 @@ class Telemetry:
         self._queued: dict[Precision, int] = {}
 
         self._comparison_speedup_ratio.set(float("nan"))
+        self._comparison_agreement_ratio.set(float("nan"))
         for agreement in ("same", "different", "error"):
             self._comparisons_total.labels(agreement)
+        for reason in SKIP_REASONS:
+            self._comparison_skipped_total.labels(reason)
+        for fit in (Precision.INT8, Precision.FP16):
+            self._guard_switches_total.labels(fit.value)
+            self._comparison_latency_seconds.labels(fit.value)
         for precision, model in contract.models.items():
             self._model_info.labels(
                 precision=precision.value,
@@ -189,6 +259,8 @@ class Telemetry:
                 self._stage_seconds.labels(stage, precision.value)
             self._batch_windows.labels(precision.value)
             self._batch_padding_ratio.labels(precision.value)
+            self._batch_tokens_total.labels(precision.value)
+            self._batch_padding_tokens_total.labels(precision.value)
 
     def declare_reasons(self, reasons: frozenset[str]) -> None:
         """Show every reason for a refusal from the start, at zero."""
@@ -202,10 +274,22 @@ class Telemetry:
         self._queue_windows.set(sum(self._queued.values()))
 
     def on_batch(
-        self, precision: Precision, windows: int, padding_ratio: float
+        self, precision: Precision, windows: int, tokens: int, padding_tokens: int
     ) -> None:
         self._batch_windows.labels(precision.value).observe(windows)
-        self._batch_padding_ratio.labels(precision.value).observe(padding_ratio)
+        self._batch_padding_ratio.labels(precision.value).observe(
+            padding_tokens / tokens
+        )
+        self._batch_tokens_total.labels(precision.value).inc(tokens)
+        self._batch_padding_tokens_total.labels(precision.value).inc(padding_tokens)
+
+    # The shadow's observer.
+
+    def on_skip(self, reason: str) -> None:
+        self._comparison_skipped_total.labels(reason).inc()
+
+    def on_replay(self, busy_s: float) -> None:
+        self._comparison_busy_seconds_total.inc(busy_s)
 
     # The edges of a request.
 
@@ -220,10 +304,30 @@ class Telemetry:
                 getattr(stages, stage)
             )
 
-    def observe_pair(self, *, int8_s: float, fp16_s: float, agreed: bool) -> None:
-        self._comparison_latency_seconds.labels(Precision.INT8.value).observe(int8_s)
-        self._comparison_latency_seconds.labels(Precision.FP16.value).observe(fp16_s)
-        self._comparisons_total.labels("same" if agreed else "different").inc()
+    def observe_pair(self, pair: Pair) -> None:
+        self._comparisons_total.labels("same" if pair.agreed else "different").inc()
+        # The trace of a dispute leads to the log line of its request.
+        exemplar = {
+            "request_id": pair.request_id[:_MAX_EXEMPLAR_CHARS],
+            "windows": str(pair.windows),
+        }
+        self._comparison_score_deviation.observe(
+            pair.score_deviation, exemplar=None if pair.agreed else exemplar
+        )
+        if not pair.undisturbed:
+            self._comparison_disturbed_total.inc()
+            return
+        seconds = {Precision.INT8: pair.int8_s, Precision.FP16: pair.fp16_s}
+        for precision, value in seconds.items():
+            self._comparison_latency_seconds.labels(precision.value).observe(value)
+
+    def count_guard_switch(self, *, tripped: bool) -> None:
+        fit = Precision.FP16 if tripped else Precision.INT8
+        self._guard_tripped.set(1 if tripped else 0)
+        self._guard_switches_total.labels(fit.value).inc()
+
+    def set_guard_threshold(self, agreement: float) -> None:
+        self._guard_agreement_threshold.set(agreement)
 
     def count_comparison_error(self) -> None:
         self._comparisons_total.labels("error").inc()
@@ -237,15 +341,23 @@ class Telemetry:
     def set_model_ready(self, precision: Precision, *, ready: bool) -> None:
         self._model_ready.labels(precision.value).set(1 if ready else 0)
 
-    def set_speedup_source(self, speedup: Callable[[], float | None]) -> None:
-        """Read the speed-up at each scrape from where it is kept."""
+    def read_comparison(self, window: ComparisonWindow) -> None:
+        """Read speed-up and agreement at each scrape from where they are kept."""
 
-        def read() -> float:
-            value = speedup()
-            return float("nan") if value is None else value
+        def show(gauge: Gauge, read: Callable[[], float | None]) -> None:
+            def read_or_nan() -> float:
+                value = read()
+                return float("nan") if value is None else value
 
-        self._comparison_speedup_ratio.set_function(read)
+            gauge.set_function(read_or_nan)
 
-    def render(self) -> bytes:
-        """The metrics in Prometheus' text format."""
-        return generate_latest(self.registry)
+        show(self._comparison_speedup_ratio, window.speedup)
+        show(self._comparison_agreement_ratio, window.agreement)
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """The metrics and their media type: OpenMetrics where ``accept`` asks for it.
+
+        Only OpenMetrics has exemplars.
+        """
+        encode, media_type = choose_encoder(accept)
+        return encode(self.registry), media_type

@@ -31,6 +31,7 @@ from int8qa.errors import (
     Int8qaError,
 )
 from int8qa.gateway.batcher import BatchLogits, PaddedBatch
+from int8qa.gateway.tracing import NO_TRACING, Tracing
 
 PROBE_TIMEOUT_S = 2.0
 """How long a probe may take before Triton counts as hung."""
@@ -88,9 +89,12 @@ dynamic_batch_scheduler.cc."""
 class TritonEngine:
     """The models of one Triton, reached through one gRPC channel."""
 
-    def __init__(self, url: str, contract: Contract) -> None:
+    def __init__(
+        self, url: str, contract: Contract, *, tracing: Tracing = NO_TRACING
+    ) -> None:
         self._url = url
         self._contract = contract
+        self._tracing = tracing
         self._client: Any = None
 
     async def connect(self) -> None:
@@ -147,7 +151,11 @@ class TritonEngine:
             EngineOutputError: Triton refused the batch or answered nonsense.
         """
         client = self._require_client()
-        with map_triton_errors(self._url):
+        model_name = precision.model_name
+        with (
+            self._tracing.trace_triton(self._url, model_name) as metadata,
+            map_triton_errors(self._url),
+        ):
             inputs = []
             for name in self._contract.inputs:
                 array = getattr(batch, name)
@@ -155,7 +163,7 @@ class TritonEngine:
                 tensor.set_data_from_numpy(array)
                 inputs.append(tensor)
             result = await client.infer(
-                precision.model_name,
+                model_name,
                 inputs,
                 outputs=[
                     triton_grpc.InferRequestedOutput(START_LOGITS),
@@ -165,6 +173,7 @@ class TritonEngine:
                 # for nobody. 0 would mean its default.
                 timeout=None if timeout_s is None else max(1, int(timeout_s * 1e6)),
                 client_timeout=timeout_s,
+                headers=metadata,
             )
             start = result.as_numpy(START_LOGITS)
             end = result.as_numpy(END_LOGITS)
