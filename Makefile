@@ -7,7 +7,7 @@ export PYTHONUNBUFFERED := 1
 .PHONY: help install up test check bench golden lock settings boards compose-test clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 install: ## create .venv and install everything, pinned
 	@scripts/install $(VENV)
@@ -25,6 +25,9 @@ check: install ## formatting, lint, types, import rules, generated docs
 	@$(BIN)/lint-imports
 	@$(BIN)/python scripts/generate_settings_table.py --check
 	@$(BIN)/python scripts/generate_boards.py --check
+
+compose-test: ## build and run the whole stack of docker-compose.yml (needs a Docker engine)
+	@scripts/compose-test
 
 bench: install ## engine latency by precision on this machine, and the build's report
 	@$(BIN)/int8qa build --force --model-repository $(or $(TMPDIR),/tmp)/int8qa-bench

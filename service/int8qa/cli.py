@@ -140,6 +140,39 @@ def serve(model_repository: RepositoryOption = None) -> None:
 
 
 @app.command()
+def triton(
+    model_repository: RepositoryOption = None,
+    host: Annotated[
+        str, typer.Option(help="Address for gRPC and metrics.")
+    ] = "127.0.0.1",
+    grpc_port: Annotated[int, typer.Option(min=1, max=65535)] = 8001,
+    metrics_port: Annotated[int, typer.Option(min=1, max=65535)] = 8002,
+    http_port: Annotated[
+        int,
+        typer.Option(
+            min=0, max=65535, help="For health checks, on loopback only; 0: none."
+        ),
+    ] = 8000,
+) -> None:
+    """Run Triton alone, from its wheel, for a gateway in another process."""
+    settings = _settings(model_repository)
+    from int8qa.embedded.launch import TritonPorts
+    from int8qa.gateway.app import run_event_loop
+    from int8qa.gateway.logs import configure_logging
+    from int8qa.stack import run_triton
+
+    configure_logging(settings)
+    run_event_loop(
+        run_triton(
+            settings,
+            host=host,
+            ports=TritonPorts(grpc_port, metrics_port, http_port),
+            on_ready=lambda url: _say(f"Triton is ready at {url}"),
+        )
+    )
+
+
+@app.command()
 def ask(
     question: Annotated[str, typer.Argument(help="The question, quoted.")],
     context_file: Annotated[

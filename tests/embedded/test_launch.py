@@ -156,6 +156,25 @@ def test_arguments_listen_on_loopback_only(
     assert "--exit-timeout-secs=1" in arguments
 
 
+def test_a_wider_address_is_not_for_http(
+    installation: TritonInstallation, tmp_path: Path
+) -> None:
+    """In a container gRPC and metrics listen everywhere, HTTP for health checks not."""
+    arguments = launch.build_arguments(
+        installation,
+        directory=tmp_path,
+        ports=launch.TritonPorts(grpc=11_001, metrics=11_002, http=11_003),
+        shm_prefix="p-",
+        exit_timeout_s=8.0,
+        host=launch.EVERYWHERE,
+    )
+
+    assert "--grpc-address=0.0.0.0" in arguments
+    assert "--metrics-address=0.0.0.0" in arguments
+    assert "--http-address=127.0.0.1" in arguments
+    assert "--http-port=11003" in arguments
+
+
 def test_only_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
     """Living owners, other namespaces and foreign files are left alone."""
     dead = subprocess.Popen([sys.executable, "-c", ""])

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import int8qa
 from int8qa.embedded import TritonState, TritonSupervisor, guard, locate_triton
 from int8qa.embedded import supervisor as supervisor_module
 from int8qa.embedded.guard import SHARED_MEMORY, iter_group
-from int8qa.embedded.launch import pick_free_port
+from int8qa.embedded.launch import is_port_free, pick_free_port
 from int8qa.embedded.supervisor import RestartBackoff
 from int8qa.errors import EmbeddedTritonError, MissingDependencyError
 from int8qa.settings import EmbeddedSettings
@@ -119,6 +120,45 @@ async def test_killed_triton_comes_back_on_the_same_port(
     assert not list_shared_memory(os.getpid())
     assert "engine threads 2" in caplog.messages
     assert any("Started GRPCInferenceService" in text for text in caplog.messages)
+
+
+@pytest.mark.triton
+async def test_triton_alone(make_repository: MakeRepository) -> None:
+    """`int8qa triton` serves on the ports it was told until SIGTERM, then nothing."""
+    try:
+        locate_triton()
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+    ports: list[int] = []
+    while len(ports) < 3:
+        ports.append(pick_free_port(ports))
+    grpc_port, metrics_port, http_port = map(str, ports)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "int8qa.cli", "triton", "--host", "0.0.0.0"),
+        *("--model-repository", str(make_repository())),
+        *("--grpc-port", grpc_port, "--metrics-port", metrics_port),
+        *("--http-port", http_port),
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(int8qa.__file__).parents[1])},
+    )
+    assert process.stderr is not None
+    lines: list[bytes] = []
+    try:
+        while not lines or b"Triton is ready at" not in lines[-1]:
+            reading = process.stderr.readline()
+            lines.append(await asyncio.wait_for(reading, LIMIT_S))
+            assert lines[-1], b"".join(lines)
+        drain = asyncio.create_task(process.stderr.read())
+        assert await ask(f"127.0.0.1:{grpc_port}") == ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
+        for port, path in ((http_port, "v2/health/ready"), (metrics_port, "metrics")):
+            url = f"http://127.0.0.1:{port}/{path}"
+            with await asyncio.to_thread(urllib.request.urlopen, url, None, 5) as reply:
+                assert reply.status == 200
+    finally:
+        process.terminate()
+        code = await asyncio.wait_for(process.wait(), LIMIT_S)
+    assert code == 0, await drain
+    assert all(is_port_free(port) for port in ports)
 
 
 @pytest.mark.triton

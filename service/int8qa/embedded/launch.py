@@ -23,6 +23,7 @@ from int8qa.embedded.locate import STUB_NAME, TritonInstallation
 from int8qa.errors import EmbeddedTritonError
 
 LOOPBACK = "127.0.0.1"
+EVERYWHERE = "0.0.0.0"  # noqa: S104 - for a container's own network, when asked for
 ENGINE_THREADS_VARIABLE = "INT8QA_EMBEDDED__ENGINE_THREADS"
 """Read by the Triton model's Python code: CPU threads of one engine, 0 for auto."""
 SHM_FAMILY = "int8qa"
@@ -37,10 +38,12 @@ _counter = itertools.count()
 
 @dataclass(frozen=True)
 class TritonPorts:
-    """Loopback ports of one Triton."""
+    """Ports of one Triton."""
 
     grpc: int
     metrics: int
+    http: int = 0
+    """For health checks, on loopback only; 0: none."""
 
 
 def pick_free_port(taken: Sequence[int] = ()) -> int:
@@ -59,12 +62,12 @@ def pick_free_port(taken: Sequence[int] = ()) -> int:
     )
 
 
-def is_port_free(port: int) -> bool:
-    """Tell whether a server could listen on this loopback port now."""
+def is_port_free(port: int, host: str = LOOPBACK) -> bool:
+    """Tell whether a server could listen on this port now."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((LOOPBACK, port))
+            probe.bind((host, port))
         except OSError:
             return False
     return True
@@ -171,8 +174,18 @@ def build_arguments(
     ports: TritonPorts,
     shm_prefix: str,
     exit_timeout_s: float,
+    host: str = LOOPBACK,
 ) -> list[str]:
-    """Return the command line of `tritonserver`, the program first."""
+    """Return the command line of `tritonserver`, the program first.
+
+    ``host`` is where gRPC and metrics listen. HTTP, which could be asked for answers
+    too, stays on loopback.
+    """
+    http = (
+        ["--allow-http=true", f"--http-address={LOOPBACK}", f"--http-port={ports.http}"]
+        if ports.http
+        else ["--allow-http=false"]
+    )
     return [
         str(installation.server),
         f"--model-repository={directory / _MODELS}",
@@ -185,10 +198,10 @@ def build_arguments(
         "--disable-auto-complete-config",
         f"--backend-directory={directory / 'backends'}",
         f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
-        "--allow-http=false",
-        f"--grpc-address={LOOPBACK}",
+        *http,
+        f"--grpc-address={host}",
         f"--grpc-port={ports.grpc}",
-        f"--metrics-address={LOOPBACK}",
+        f"--metrics-address={host}",
         f"--metrics-port={ports.metrics}",
         # Without a GPU these two only cost start-up time and log warnings.
         "--allow-gpu-metrics=false",

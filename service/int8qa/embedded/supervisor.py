@@ -30,6 +30,7 @@ import grpc
 
 from int8qa.embedded import guard
 from int8qa.embedded.launch import (
+    EVERYWHERE,
     LOOPBACK,
     TritonPorts,
     build_arguments,
@@ -148,6 +149,8 @@ class TritonSupervisor:
         settings: EmbeddedSettings,
         grpc_port: int = 0,
         metrics_port: int = 0,
+        http_port: int = 0,
+        host: str = LOOPBACK,
         check_ready: ReadyCheck = check_grpc_health,
         backoff: RestartBackoff | None = None,
     ) -> None:
@@ -157,9 +160,11 @@ class TritonSupervisor:
             installation: the Triton to run.
             model_repository: a complete model repository.
             settings: time limits, engine threads and ports.
-            grpc_port: a fixed loopback port; 0 leaves the choice to the settings,
-                and 0 there means any free one.
+            grpc_port: a fixed port; 0 leaves the choice to the settings, and 0 there
+                means any free one.
             metrics_port: likewise, for Prometheus.
+            http_port: a loopback port for Triton's HTTP health checks; 0: none.
+            host: where gRPC and metrics listen; 0.0.0.0 in a container.
             check_ready: given host:port, tells whether Triton serves.
             backoff: delays between restarts.
         """
@@ -170,6 +175,8 @@ class TritonSupervisor:
             grpc_port or settings.grpc_port,
             metrics_port or settings.metrics_port,
         )
+        self._http_port = http_port
+        self._host = host
         self._ports: TritonPorts | None = None
         self._check_ready = check_ready
         self._backoff = backoff or RestartBackoff(
@@ -196,12 +203,17 @@ class TritonSupervisor:
     @property
     def grpc_url(self) -> str:
         """host:port of Triton's gRPC endpoint, the same over all restarts."""
-        return f"{LOOPBACK}:{self._require_ports().grpc}"
+        return f"{self._reach}:{self._require_ports().grpc}"
 
     @property
     def metrics_url(self) -> str:
         """Address of Triton's own Prometheus metrics."""
-        return f"http://{LOOPBACK}:{self._require_ports().metrics}/metrics"
+        return f"http://{self._reach}:{self._require_ports().metrics}/metrics"
+
+    @property
+    def _reach(self) -> str:
+        """The address we reach Triton at ourselves."""
+        return LOOPBACK if self._host == EVERYWHERE else self._host
 
     @property
     def process_group(self) -> int | None:
@@ -323,22 +335,24 @@ class TritonSupervisor:
                 )
             grpc_port = grpc_port or pick_free_port([metrics_port])
             metrics_port = metrics_port or pick_free_port([grpc_port])
-            self._ports = TritonPorts(grpc_port, metrics_port)
+            self._ports = TritonPorts(grpc_port, metrics_port, self._http_port)
             try:
                 return await self._launch(self._ports)
             except EmbeddedTritonError:
                 # Another process may take a port between our look and Triton's bind.
-                taken = not all(map(is_port_free, (grpc_port, metrics_port)))
+                taken = not all(
+                    is_port_free(port, self._host) for port in (grpc_port, metrics_port)
+                )
                 if attempt == _PORT_ATTEMPTS or all(self._wanted_ports) or not taken:
                     raise
         raise AssertionError
 
     async def _launch(self, ports: TritonPorts) -> _TritonRun:
         for purpose, port in (("grpc", ports.grpc), ("metrics", ports.metrics)):
-            if not is_port_free(port):
+            if not is_port_free(port, self._host):
                 raise EmbeddedTritonError(
-                    f"port {port} on {LOOPBACK}, wanted for Triton's {purpose}, is in "
-                    "use by another process; stop that one or choose another port "
+                    f"port {port} on {self._host}, wanted for Triton's {purpose}, is "
+                    "in use by another process; stop that one or choose another port "
                     f"(embedded.{purpose}_port)"
                 )
         directory = self._compose_directory()
@@ -351,6 +365,7 @@ class TritonSupervisor:
                 shm_prefix=shm_prefix,
                 # Earlier than our own limit, so that Triton still exits in order.
                 exit_timeout_s=0.8 * self._settings.stop_timeout_s,
+                host=self._host,
             ),
             environment=build_environment(
                 self._installation,
@@ -364,7 +379,7 @@ class TritonSupervisor:
         )
         try:
             await run.wait_ready(
-                lambda: self._check_ready(f"{LOOPBACK}:{ports.grpc}"),
+                lambda: self._check_ready(f"{self._reach}:{ports.grpc}"),
                 timeout_s=self._settings.start_timeout_s,
             )
         except BaseException:
