@@ -31,7 +31,7 @@ def list_answers() -> list[Placed]:
                     f"/ sum(rate({PAIRS}[$window]))",
                     "agreement",
                 ),
-                Query("avg(int8qa_comparison_agreement_ratio)", "recent window"),
+                Query("avg(int8qa_comparison_agreement_ratio >= 0)", "recent window"),
                 Query("max(int8qa_guard_agreement_threshold)", "guard trips below"),
             ],
             unit="percentunit",

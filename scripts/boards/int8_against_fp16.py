@@ -126,7 +126,7 @@ def _glance() -> list[Placed]:
             "Agreement",
             "Share of the recent pairs with the same answer. Colours are the guard's "
             "default thresholds: it trips below 80 % and recovers at 85 %.",
-            Query("avg(int8qa_comparison_agreement_ratio)", "agreement"),
+            Query("avg(int8qa_comparison_agreement_ratio >= 0)", "agreement"),
             unit="percentunit",
             columns=3,
             steps=AGREEING,
@@ -175,7 +175,7 @@ def _speedup() -> list[Placed]:
             "ratio over the gateway's recent pairs, and the ratio of the means, in "
             "which long questions weigh more. The dashed line at 1 is no gain.",
             [
-                Query("avg(int8qa_comparison_speedup_ratio)", "median of pairs"),
+                Query("avg(int8qa_comparison_speedup_ratio >= 0)", "median of pairs"),
                 Query(
                     "sum(rate(int8qa_comparison_latency_seconds_sum"
                     '{precision="fp16"}[$window])) '

@@ -113,7 +113,7 @@ class ComparisonSettings(_Group):
     window: int = Field(
         default=2_000,
         ge=10,
-        le=10**6,
+        le=20_000,  # they are sorted for each report, on the event loop
         description="most recent observations kept per precision, and pairs",
     )
     fraction: float = Field(
@@ -163,7 +163,8 @@ class ComparisonSettings(_Group):
     @property
     def guard_recovery(self) -> float:
         """Share of equal answers from which the guard recovers."""
-        return min(1.0, self.guard_agreement + self.guard_hysteresis)
+        # Rounded, or 0.8 + 0.05 would ask for a little more than 85 of 100.
+        return round(min(1.0, self.guard_agreement + self.guard_hysteresis), 9)
 
 
 class EmbeddedSettings(_Group):

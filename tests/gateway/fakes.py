@@ -92,6 +92,8 @@ class FakeEngine:
     """Precisions that ``fault`` strikes."""
     nonsense: str | None = None
     open_gate: asyncio.Event = field(default_factory=asyncio.Event)
+    gates: dict[Precision, asyncio.Event] = field(default_factory=dict)
+    """Likewise for single precisions."""
     calls: list[tuple[Precision, tuple[int, ...]]] = field(default_factory=list)
     connected: bool = False
     probes: int = 0
@@ -124,6 +126,8 @@ class FakeEngine:
         self.calls.append((precision, batch.input_ids.shape))
         try:
             await self.open_gate.wait()
+            if precision in self.gates:
+                await self.gates[precision].wait()
         except asyncio.CancelledError:
             self.cancelled += 1
             raise

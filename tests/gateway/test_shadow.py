@@ -5,17 +5,30 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from int8qa.contract import Precision
-from int8qa.errors import EngineOutputError
+from int8qa.errors import EngineOutputError, EngineUnavailableError
 from int8qa.gateway import schemas
-from int8qa.gateway.shadow import BURST_S, MAX_WAITING, CapacityBudget
+from int8qa.gateway.activity import Activity
+from int8qa.gateway.comparison import Pair
+from int8qa.gateway.query import PrecisionChoice, Query, Run
+from int8qa.gateway.shadow import (
+    BURST_S,
+    GRACE_S,
+    MAX_WAITING,
+    CapacityBudget,
+    Sample,
+    Shadow,
+)
+from int8qa.gateway.telemetry import StageSeconds
+from int8qa.reader.spans import Span
 from int8qa.reader.tokenizer import ReaderTokenizer
+from int8qa.settings import ComparisonSettings
 from tests.gateway.fakes import (
     CONTEXT,
     KEEPER,
@@ -26,7 +39,7 @@ from tests.gateway.fakes import (
     wait_until,
 )
 
-INT8, FP16 = Precision.INT8, Precision.FP16
+INT8, FP16, FP32 = Precision.INT8, Precision.FP16, Precision.FP32
 ALWAYS = {"fraction": 1, "capacity_share": 1}
 
 
@@ -83,28 +96,58 @@ async def test_order_alternates(tokenizer: ReaderTokenizer):
         assert order == [INT8, FP16, FP16, INT8] * 2
 
 
-async def test_nothing_is_asked_while_a_request_is_in_work(tokenizer: ReaderTokenizer):
-    """A waiting request comes first, also between the two halves of a pair."""
-    async with open_service(tokenizer, comparison=ALWAYS) as service:
-        service.engine.open_gate.clear()
-        first = asyncio.create_task(service.ask(precision="fp32"))
-        second = asyncio.create_task(service.ask(precision="fp32"))
-        await wait_until(lambda: service.engine.calls)
-        service.engine.open_gate.set()
-        await first
-        await second
-        service.engine.open_gate.clear()
+async def test_a_request_comes_between_the_halves_of_a_pair(
+    tokenizer: ReaderTokenizer,
+):
+    """Whoever waits comes first, and makes the pair a disturbed one."""
+    engine = FakeEngine(tokenizer)
+    async with open_service(tokenizer, engine=engine, comparison=ALWAYS) as service:
+        pipeline = service.app.state.gateway.pipeline
+        engine.gates = {INT8: asyncio.Event(), FP32: asyncio.Event()}
+        engine.gates[FP32].set()
+        await service.ask(precision="fp32")
         await wait_until(lambda: count_calls(service)[INT8] == 1)
+        engine.gates[FP32].clear()
         late = asyncio.create_task(service.ask(precision="fp32"))
-        activity = service.app.state.gateway.pipeline.activity
-        await wait_until(lambda: activity.requests == 1)
-        for _ in range(20):
-            await asyncio.sleep(0)
+        await wait_until(lambda: engine.calls[-1][0] is FP32)
+        engine.gates[INT8].set()
+        await wait_until(lambda: not pipeline.shadow.busy)
+        await asyncio.sleep(20 * GRACE_S)
         assert count_calls(service)[FP16] == 0
-        service.engine.open_gate.set()
+        engine.gates[FP32].set()
         await late
-        await wait_for_pairs(service, 3)
-        assert (await read_report(service))["sampling"]["disturbed"] == 1
+        await wait_for_pairs(service, 2)
+        assert [p for p, _ in engine.calls][:4] == [FP32, INT8, FP32, FP16]
+        report = await read_report(service)
+        assert (report["sampling"]["disturbed"], report["int8"]["count"]) == (1, 1)
+
+
+async def test_a_slow_sender_does_not_stop_the_comparison(tokenizer: ReaderTokenizer):
+    """A request that is admitted and asks nothing yet keeps no engine busy."""
+    async with open_service(tokenizer, comparison=ALWAYS) as service:
+        with service.app.state.gateway.pipeline.admit():
+            await service.ask(precision="int8")
+            await wait_for_pairs(service, 1)
+        assert (await read_report(service))["int8"]["count"] == 1
+
+
+async def test_what_a_client_left_in_the_engine_is_waited_for(
+    tokenizer: ReaderTokenizer,
+):
+    """Its batch still computes: a replay beside it would measure that."""
+    engine = FakeEngine(tokenizer)
+    async with open_service(tokenizer, engine=engine, comparison=ALWAYS) as service:
+        engine.gates = {FP32: asyncio.Event()}
+        gone = asyncio.create_task(service.ask(precision="fp32"))
+        await wait_until(lambda: engine.calls)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        await service.ask(precision="int8")
+        await asyncio.sleep(20 * GRACE_S)
+        assert count_calls(service) == {INT8: 1, FP16: 0}
+        engine.gates[FP32].set()
+        await wait_for_pairs(service, 1)
+        assert (await read_report(service))["int8"]["count"] == 1
 
 
 async def test_disturbed_pair_gives_agreement_and_no_latency(
@@ -132,9 +175,13 @@ async def test_disturbed_pair_gives_agreement_and_no_latency(
 async def test_concurrent_both_requests_are_disturbed(tokenizer: ReaderTokenizer):
     """Two questions of one batch request share the engine: their times do not count."""
     async with open_service(tokenizer) as service:
+        service.engine.open_gate.clear()
         item = {"question": QUESTION, "context": CONTEXT, "precision": "both"}
-        response = await service.client.post("/v1/answers", json={"items": [item] * 2})
-        assert [i["status"] for i in response.json()["items"]] == [200, 200]
+        post = service.client.post("/v1/answers", json={"items": [item] * 2})
+        asked = asyncio.create_task(post)
+        await wait_until(lambda: len(service.engine.calls) == 2)
+        service.engine.open_gate.set()
+        assert [i["status"] for i in (await asked).json()["items"]] == [200, 200]
         report = await read_report(service)
         assert (report["count"], report["int8"]["count"]) == (2, 0)
 
@@ -305,19 +352,56 @@ async def test_nonsense_from_int8_trips_the_guard(guarded: Guarded):
     """NaN logits agree with nothing, though they make no pair."""
     guarded.engine.fault = EngineOutputError("NaN")
     guarded.engine.faulty = frozenset({INT8})
-    answers = [(await guarded.service.ask()).status_code for _ in range(5)]
-    assert answers == [502] * 4 + [200]
+    assert await guarded.ask(4) == ["502"] * 4
     assert await guarded.ask(1) == ["fp16"]
 
 
-async def test_fallback_needs_an_fp16_that_can_serve(guarded: Guarded):
-    """An answer under suspicion is better than none."""
+async def test_failures_count_no_more_often_than_answers(tokenizer: ReaderTokenizer):
+    """Unsampled, neither is evidence: one broken batch must not be a verdict."""
+    engine = FakeEngine(tokenizer, fault=EngineOutputError("blip"))
+    settings = {"fraction": 0, "guard_pairs": 4}
+    async with open_service(tokenizer, engine=engine, comparison=settings) as service:
+        assert [(await service.ask()).status_code for _ in range(10)] == [502] * 10
+        assert (await read_report(service))["guard"]["pairs"] == 0
+
+
+async def test_nonsense_in_both_requests_counts(tokenizer: ReaderTokenizer):
+    """Each of these would have been a pair."""
+    engine = FakeEngine(tokenizer, fault=EngineOutputError("NaN"))
+    engine.faulty = frozenset({INT8})
+    settings = {"fraction": 0, "guard_pairs": 4}
+    async with open_service(tokenizer, engine=engine, comparison=settings) as service:
+        for _ in range(4):
+            assert (await service.ask(precision="both")).status_code == 502
+        assert (await read_report(service))["guard"]["state"] == "tripped"
+
+
+async def test_fallback_needs_an_fp16_that_can_serve(
+    guarded: Guarded, capsys: pytest.CaptureFixture[str]
+):
+    """An answer under suspicion is better than none; that it moved is seen."""
     guarded.engine.phrases = {**guarded.engine.phrases, INT8: ["1907"]}
     await guarded.ask(5)
     pipeline = guarded.service.app.state.gateway.pipeline
     assert pipeline.serving_precision is FP16
-    pipeline.watch._faults[FP16] = "gone"
+    pipeline.watch.report_loss(FP16, EngineUnavailableError("gone"))
     assert pipeline.serving_precision is INT8
+    metrics = await guarded.service.read_metrics()
+    assert metrics['int8qa_diversions_total{to="fp16"}'] == 1
+    assert metrics['int8qa_diversions_total{to="int8"}'] == 1
+    assert metrics['int8qa_serving_precision{precision="int8"}'] == 1
+    assert "".join(capsys.readouterr()).count("serving_changed") == 2
+
+
+async def test_fallback_without_fp16_changes_nothing(tokenizer: ReaderTokenizer):
+    """A repository of INT8 alone has nowhere to go."""
+    settings = {"guard": "fallback", "guard_pairs": 2}
+    async with open_service(
+        tokenizer, precisions=(INT8,), comparison=settings
+    ) as service:
+        for _ in range(2):
+            service.app.state.gateway.pipeline.guard.add(agreed=False)
+        assert (await service.ask()).json()["precision"] == "int8"
 
 
 async def test_switches_are_logged_without_texts(
@@ -330,6 +414,90 @@ async def test_switches_are_logged_without_texts(
     assert "guard_tripped" in written
     assert "serving" in written
     assert KEEPER not in written
+
+
+# The shadow alone: time is a number here.
+
+
+@dataclass
+class Rig:
+    """A shadow whose clock advances when it sleeps and when it asks."""
+
+    share: float = 1.0
+    queued: bool = False
+    in_flight: bool = False
+    now_s: float = 0.0
+    spent_s: float = 0.0
+    work_s: float = 0.05
+    overspent_s: float = 0.0
+    pairs: list[Pair | None] = field(default_factory=list)
+
+    async def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+        await asyncio.sleep(0)
+
+    async def ask(self, _sample: Sample, _precision: Precision) -> Run:
+        allowed_s = self.share * (self.now_s + BURST_S) + 2 * self.work_s
+        self.overspent_s = max(self.overspent_s, self.spent_s - allowed_s)
+        self.now_s += self.work_s
+        self.spent_s += self.work_s
+        return Run((Span("a", 0, 1, 0.5),), StageSeconds(0, 0, self.work_s, 0))
+
+    def on_skip(self, reason: str) -> None:
+        """Nobody counts here."""
+
+    def on_replay(self, busy_s: float) -> None:
+        """Nobody counts here."""
+
+    def open(self, activity: Activity) -> Shadow:
+        return Shadow(
+            ComparisonSettings(fraction=1, capacity_share=self.share),
+            activity,
+            self,
+            ask=self.ask,
+            report=self.pairs.append,
+            observer=self,
+            clock=lambda: self.now_s,
+            sleep=self.sleep,
+        )
+
+
+def build_sample() -> Sample:
+    choice = PrecisionChoice("int8", (INT8,), INT8)
+    query = Query("q", "a", choice, 1, 30, 128, False, 384)
+    return Sample(query, [None])  # type: ignore[list-item] # only counted
+
+
+async def test_no_replay_begins_while_the_budget_is_overdrawn():
+    """Twenty samples at a twentieth of the time take their time."""
+    rig, activity = Rig(share=0.05), Activity()
+    shadow = rig.open(activity)
+    await shadow.start()
+    for count in range(20):
+        shadow.offer(build_sample())
+        await wait_until(lambda count=count: len(rig.pairs) > count)
+    await shadow.close()
+    assert rig.overspent_s <= 1e-9
+    assert rig.now_s > 20 * 2 * rig.work_s / 0.05 - BURST_S - 2 * rig.work_s / 0.05
+
+
+async def test_patience_ends_where_queues_are_empty(monkeypatch: pytest.MonkeyPatch):
+    """A gateway that is never idle still learns agreement, but no latency."""
+    monkeypatch.setattr("int8qa.gateway.shadow.PATIENCE_S", 0.01)
+    rig, activity = Rig(queued=True), Activity()
+    shadow = rig.open(activity)
+    await shadow.start()
+    with activity.question():
+        shadow.offer(build_sample())
+        await asyncio.sleep(0.1)
+        assert rig.pairs == []
+        rig.queued = False
+        await wait_until(lambda: rig.pairs)
+    await shadow.close()
+    (pair,) = rig.pairs
+    assert pair is not None
+    assert pair.agreed
+    assert not pair.undisturbed
 
 
 # The budget.
@@ -359,3 +527,8 @@ def test_rest_is_never_saved_up_beyond_the_burst():
     budget = CapacityBudget(0.1, 0.0)
     budget.spend(0.2, 3600.0)
     assert math.isclose(budget.wait_s(3600.0), 1.0)
+
+
+def test_recovery_at_the_defaults_is_eighty_five_of_a_hundred():
+    """The sum of the shares, not of their nearest floats."""
+    assert ComparisonSettings().guard_recovery == 0.85

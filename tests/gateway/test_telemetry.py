@@ -26,6 +26,8 @@ CONTRACT = {
     "int8qa_comparison_skipped": ("counter", {"reason"}),
     "int8qa_comparison_disturbed": ("counter", set()),
     "int8qa_comparison_busy_seconds": ("counter", set()),
+    "int8qa_serving_precision": ("gauge", {"precision"}),
+    "int8qa_diversions": ("counter", {"to"}),
     "int8qa_guard_tripped": ("gauge", set()),
     "int8qa_guard_switches": ("counter", {"to"}),
     "int8qa_guard_agreement_threshold": ("gauge", set()),

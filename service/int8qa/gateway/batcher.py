@@ -241,6 +241,11 @@ class Batcher:
         return sum(bucket.windows for bucket in self._buckets.values())
 
     @property
+    def in_flight(self) -> int:
+        """Batches in the engine, those among them that nobody waits for any more."""
+        return len(self._in_flight)
+
+    @property
     def queued_tokens(self) -> int:
         """Padded tokens."""
         return sum(b.windows * b.length for b in self._buckets.values())

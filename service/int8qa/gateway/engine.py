@@ -136,8 +136,8 @@ class ReadinessWatch:
         return {p: fault for p, fault in self._faults.items() if fault is not None}
 
     def is_ready(self, precision: Precision) -> bool:
-        """Whether requests for a precision can be served now."""
-        return self._faults[precision] is None
+        """Whether a precision can be served now; False where it is not built."""
+        return self._faults.get(precision, "not built") is None
 
     def require(self, precision: Precision) -> None:
         """Let a request for ``precision`` pass.

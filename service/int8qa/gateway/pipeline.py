@@ -13,7 +13,7 @@ import functools
 import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ from int8qa.errors import (
     ConfigurationError,
     ContractError,
     DeadlineExceededError,
+    EngineError,
     EngineOutputError,
     EngineUnavailableError,
     InputTooLargeError,
@@ -49,6 +50,8 @@ from int8qa.settings import Settings
 _INLINE_WINDOWS = 4
 """Up to so many windows are decoded on the event loop: a thread costs more."""
 _MAX_THREADS = 4
+_REPLAY_TIMEOUT_S = 5.0
+"""For one precision's answer to a sample that is asked again."""
 _PENDING_CONTEXTS = 8
 """Longest contexts' worth of characters that may wait for a tokenizing thread."""
 
@@ -76,6 +79,21 @@ def resolve_default_precision(settings: Settings, contract: Contract) -> Precisi
             f"repository holds {', '.join(contract.models)}; set it to one of these"
         )
     return default
+
+
+class _Queues:
+    """All batchers as the shadow sees them."""
+
+    def __init__(self, batchers: Iterable[Batcher]) -> None:
+        self._batchers = tuple(batchers)
+
+    @property
+    def queued(self) -> bool:
+        return any(batcher.queued_windows for batcher in self._batchers)
+
+    @property
+    def in_flight(self) -> bool:
+        return any(batcher.in_flight for batcher in self._batchers)
 
 
 class AnswerPipeline:
@@ -113,9 +131,7 @@ class AnswerPipeline:
             find_rebuild=functools.partial(
                 find_rebuild, settings.model_repository, contract
             ),
-            on_change=lambda precision, ready: telemetry.set_model_ready(
-                precision, ready=ready
-            ),
+            on_change=self._on_readiness,
         )
         self._settings = settings
         self._contract = contract
@@ -140,10 +156,14 @@ class AnswerPipeline:
         self._pending_chars = 0
         self._turn = itertools.count()
         self.activity = Activity(telemetry.set_inflight)
+        self._queues = _Queues(self._batchers.values())
+        self._serving = self.default_precision
+        telemetry.set_serving(self._serving)
         self.guard = AgreementGuard(settings.comparison, on_switch=self._on_switch)
         self.shadow = Shadow(
             settings.comparison,
             self.activity,
+            self._queues,
             ask=self._ask_again,
             report=self._note_pair,
             observer=telemetry,
@@ -170,7 +190,7 @@ class AnswerPipeline:
         until = self.clock() + timeout_s
         await self.shadow.close()
         with contextlib.suppress(asyncio.TimeoutError):
-            await finish_within(self.activity.wait_idle(), timeout_s)
+            await finish_within(self.activity.wait_for_no_request(), timeout_s)
         await asyncio.gather(
             *(
                 batcher.close(max(0.0, until - self.clock()))
@@ -288,8 +308,9 @@ class AnswerPipeline:
             try:
                 run = await self._run(precision, query, windows, tokenize_s, deadline)
             except EngineOutputError:
-                if precision is Precision.INT8:
-                    self.guard.add(agreed=False)
+                # Asked again like any other, it tells the guard; no more often, or one
+                # broken batch would outweigh all sampled answers.
+                self.shadow.offer(Sample(query, windows))
                 raise
         self._note_run(precision, run)
         self.shadow.offer(Sample(query, windows))
@@ -299,21 +320,22 @@ class AnswerPipeline:
         self, query: Query, windows: list[Window], tokenize_s: float, deadline: float
     ) -> Outcome:
         runs: dict[Precision, Run] = {}
-        alone = self.activity.questions == 1 and not self.shadow.busy
+        # What is in the engine now is a replay, or what a client left behind.
+        undisturbed = self.activity.questions == 1 and not self._queues.in_flight
         arrivals = self.activity.arrivals
         try:
             for precision in PAIR if next(self._turn) % 2 == 0 else PAIR[::-1]:
-                runs[precision] = await self._run(
+                runs[precision] = await self._run_paired(
                     precision, query, windows, tokenize_s, deadline
                 )
-        except Int8qaError:
+        except EngineError:
             self._note_pair(None)
             raise
         for precision, run in runs.items():
             self._note_run(precision, run)
         pair = build_pair(
             runs,
-            undisturbed=alone and self.activity.arrivals == arrivals,
+            undisturbed=undisturbed and self.activity.arrivals == arrivals,
             request_id=query.request_id,
             windows=len(windows),
             question_chars=len(query.question),
@@ -335,21 +357,30 @@ class AnswerPipeline:
             speedup=pair.fp16_s / pair.int8_s if pair.int8_s > 0 else None,
         )
 
-    async def _ask_again(self, sample: Sample, precision: Precision) -> Run:
-        """A shadow's run: as a request's, but no request's latency."""
-        self.watch.require(precision)
+    async def _run_paired(
+        self,
+        precision: Precision,
+        query: Query,
+        windows: list[Window],
+        tokenize_s: float,
+        deadline: float,
+    ) -> Run:
+        """One half of a pair; an INT8 answer that is nonsense agrees with nothing."""
         try:
-            return await self._run(
-                precision,
-                sample.query,
-                sample.windows,
-                0.0,
-                self.clock() + self._settings.limits.request_timeout_s,
-            )
+            return await self._run(precision, query, windows, tokenize_s, deadline)
         except EngineOutputError:
             if precision is Precision.INT8:
                 self.guard.add(agreed=False)
             raise
+
+    async def _ask_again(self, sample: Sample, precision: Precision) -> Run:
+        """A replay's half: as a request's run, but no request's latency."""
+        self.watch.require(precision)
+        # A hung engine would else be charged to the budget for minutes.
+        timeout_s = min(_REPLAY_TIMEOUT_S, self._settings.limits.request_timeout_s)
+        return await self._run_paired(
+            precision, sample.query, sample.windows, 0.0, self.clock() + timeout_s
+        )
 
     def _note_run(self, precision: Precision, run: Run) -> None:
         self._telemetry.observe_stages(precision, run.stages)
@@ -374,6 +405,21 @@ class AnswerPipeline:
             mode=self._settings.comparison.guard,
             serving=self.serving_precision.value,
         )
+        self._note_serving()
+
+    def _on_readiness(self, precision: Precision, ready: bool) -> None:
+        self._telemetry.set_model_ready(precision, ready=ready)
+        self._note_serving()
+
+    def _note_serving(self) -> None:
+        """Log and count when requests that name no precision move to another."""
+        before, self._serving = self._serving, self.serving_precision
+        self._telemetry.set_serving(self._serving)
+        if self._serving is not before:
+            self._telemetry.count_diversion(self._serving)
+            get_logger().warning(
+                "serving_changed", before=before.value, after=self._serving.value
+            )
 
     def _check_texts(self, query: Query) -> None:
         limits = self._settings.limits

@@ -1,6 +1,6 @@
 """A share of the answered questions is asked again, of INT8 and FP16, in quiet moments.
 
-In: questions whose reply is made, already cut into windows. Out: pairs for the
+In: questions that were answered, already cut into windows. Out: pairs for the
 comparison, measured like with like: the same windows, each precision alone on an idle
 engine, the order alternating. Waiting requests always come first, and no more than a
 share of the time is spent. Knows no HTTP and no engine; texts live here until replayed.
@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from int8qa.contract import Precision
-from int8qa.errors import Int8qaError
+from int8qa.errors import Int8qaError, OverloadedError
 from int8qa.gateway.activity import Activity
 from int8qa.gateway.comparison import Pair, build_pair
 from int8qa.gateway.logs import describe_exception, get_logger
 from int8qa.gateway.query import PAIR, Query, Run
 from int8qa.gateway.telemetry import SKIP_REASONS
+from int8qa.gateway.waiting import finish_within
 from int8qa.reader.windows import Window
 from int8qa.settings import ComparisonSettings
 
@@ -35,6 +36,17 @@ now, and no text is kept long."""
 BURST_S = 1.0
 """Seconds of replay that a long pause may save up."""
 
+GRACE_S = 0.001
+"""Between the last question's end and a replay: its reply leaves first."""
+
+PATIENCE_S = 5.0
+"""Without a quiet moment for so long, a sample is content with empty queues: its times
+will not count, but agreement is known at any load that leaves a gap."""
+
+ORPHAN_CHECK_S = 0.005
+"""How often a batch is looked for whose callers are gone; it ends within engine time,
+and nobody announces it."""
+
 SkipReason = Literal["busy", "capacity", "too_long"]
 
 
@@ -44,6 +56,18 @@ class Sample:
 
     query: Query
     windows: list[Window]
+
+
+class EngineQueues(Protocol):
+    """What lies before the engines, and in them, of requests and replays together."""
+
+    @property
+    def queued(self) -> bool:
+        """Whether windows wait for a batch."""
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether batches are in an engine."""
 
 
 class ShadowObserver(Protocol):
@@ -101,7 +125,8 @@ class Shadow:
 
     Args:
         settings: share of questions, share of time, longest document.
-        activity: of the gateway; a replay begins only while it is idle.
+        activity: of the gateway; a replay begins while it has no question.
+        queues: of all precisions.
         ask: one precision's answer to a sample, as a request would get it.
         report: takes each finished pair; None for a pair in which a side failed.
         observer: counts what was skipped and spent.
@@ -112,19 +137,23 @@ class Shadow:
         self,
         settings: ComparisonSettings,
         activity: Activity,
+        queues: EngineQueues,
         *,
         ask: Callable[[Sample, Precision], Awaitable[Run]],
         report: Callable[[Pair | None], None],
         observer: ShadowObserver,
         clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         draw: Callable[[], float] = random.random,
     ) -> None:
         self._settings = settings
         self._activity = activity
+        self._queues = queues
         self._ask = ask
         self._report = report
         self._observer = observer
         self._clock = clock
+        self._sleep = sleep
         self._draw = draw
         self._waiting: deque[Sample] = deque()
         self._offered = asyncio.Event()
@@ -184,36 +213,61 @@ class Shadow:
     async def _run(self) -> None:
         while True:
             await self._offered.wait()
-            await self._wait_for_turn()
+            quiet = await self._wait_for_turn()
             if not self._waiting:
                 self._offered.clear()
                 continue
             sample = self._waiting.popleft()
             try:
-                await self._replay(sample)
+                await self._replay(sample, undisturbed=quiet)
+            except OverloadedError:
+                self._skip("busy")
             except Int8qaError:
                 self._report(None)
             except Exception as error:  # noqa: BLE001 - it outlives every replay
                 get_logger().error("replay_failed", failure=describe_exception(error))
                 self._report(None)
 
-    async def _wait_for_turn(self) -> None:
-        """Return in a moment when nobody waits and the budget allows a replay."""
+    async def _wait_for_turn(self) -> bool:
+        """Return when the budget allows a replay and nobody waits.
+
+        True in a quiet moment; False where patience ended and queues are empty.
+        """
         while True:
-            await self._activity.wait_idle()
             wait_s = self._budget.wait_s(self._clock())
             if wait_s > 0:
-                await asyncio.sleep(wait_s)
-            if not self._activity.requests and wait_s == 0:
-                return
+                await self._sleep(wait_s)
+                continue
+            quiet = await self._wait_for_quiet()
+            if self._budget.wait_s(self._clock()) > 0:
+                continue
+            if quiet or not self._queues.queued:
+                return quiet
 
-    async def _replay(self, sample: Sample) -> None:
+    async def _wait_for_quiet(self) -> bool:
+        """Wait for an idle gateway, at most ``PATIENCE_S``; say whether it is."""
+        try:
+            await finish_within(self._wait_until_idle(), PATIENCE_S)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+    async def _wait_until_idle(self) -> None:
+        while True:
+            await self._activity.wait_for_no_question()
+            await self._sleep(GRACE_S)
+            if self._activity.questions:
+                continue
+            if not self._queues.in_flight:
+                return
+            await self._sleep(ORPHAN_CHECK_S)
+
+    async def _replay(self, sample: Sample, *, undisturbed: bool) -> None:
         runs: dict[Precision, Run] = {}
-        undisturbed = True
-        for precision in next(self._order):
+        for half, precision in enumerate(next(self._order)):
             # The first half may have overdrawn the budget: the second belongs to it.
-            while self._activity.requests:
-                await self._activity.wait_idle()
+            if half:
+                undisturbed &= await self._wait_for_second_half()
             arrivals, started_s = self._activity.arrivals, self._clock()
             self._busy = True
             try:
@@ -237,6 +291,12 @@ class Shadow:
                 seen_s=self._clock(),
             )
         )
+
+    async def _wait_for_second_half(self) -> bool:
+        while True:
+            quiet = await self._wait_for_quiet()
+            if quiet or not self._queues.queued:
+                return quiet
 
     def _spend(self, seconds: float, now_s: float) -> None:
         self._spent_s += seconds

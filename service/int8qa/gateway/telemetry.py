@@ -37,7 +37,8 @@ SECONDS_BUCKETS = (
 WINDOWS_BUCKETS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0, 128.0)
 DEVIATION_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 _MAX_EXEMPLAR_CHARS = 64
-"""OpenMetrics 1.0 allows an exemplar's names and values 128 characters together."""
+"""Of a request id, which may be longer: OpenMetrics 1.0 allows an exemplar's names and
+values 128 characters together."""
 RATIO_BUCKETS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 SKIP_REASONS = ("busy", "capacity", "too_long")
@@ -204,9 +205,22 @@ class Telemetry:
             "1 while INT8 agrees too seldom with FP16, else 0",
             registry=self.registry,
         )
+        self._serving_precision = Gauge(
+            "int8qa_serving_precision",
+            "1 for the precision of requests that name none, else 0",
+            ("precision",),
+            registry=self.registry,
+        )
+        self._diversions_total = Counter(
+            "int8qa_diversions_total",
+            "How often requests that name no precision moved to another",
+            ("to",),
+            registry=self.registry,
+        )
         self._guard_switches_total = Counter(
             "int8qa_guard_switches_total",
-            "How often the guard tripped (to fp16) and recovered (to int8)",
+            "How often the guard tripped (to fp16) and recovered (to int8); whether "
+            "traffic moved, int8qa_diversions_total says",
             ("to",),
             registry=self.registry,
         )
@@ -233,6 +247,7 @@ class Telemetry:
             ("precision",),
             registry=self.registry,
         )
+        self._precisions = tuple(contract.models)
         self._queued: dict[Precision, int] = {}
 
         self._comparison_speedup_ratio.set(float("nan"))
@@ -255,6 +270,7 @@ class Telemetry:
             if model.f1 is not None:
                 self._model_f1.labels(precision.value).set(model.f1)
             self._model_ready.labels(precision.value).set(0)
+            self._diversions_total.labels(precision.value)
             for stage in STAGES:
                 self._stage_seconds.labels(stage, precision.value)
             self._batch_windows.labels(precision.value)
@@ -310,6 +326,7 @@ class Telemetry:
         exemplar = {
             "request_id": pair.request_id[:_MAX_EXEMPLAR_CHARS],
             "windows": str(pair.windows),
+            "context_chars": str(pair.context_chars),
         }
         self._comparison_score_deviation.observe(
             pair.score_deviation, exemplar=None if pair.agreed else exemplar
@@ -325,6 +342,13 @@ class Telemetry:
         fit = Precision.FP16 if tripped else Precision.INT8
         self._guard_tripped.set(1 if tripped else 0)
         self._guard_switches_total.labels(fit.value).inc()
+
+    def set_serving(self, serving: Precision) -> None:
+        for precision in self._precisions:
+            self._serving_precision.labels(precision.value).set(precision is serving)
+
+    def count_diversion(self, serving: Precision) -> None:
+        self._diversions_total.labels(serving.value).inc()
 
     def set_guard_threshold(self, agreement: float) -> None:
         self._guard_agreement_threshold.set(agreement)
