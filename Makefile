@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test check bench golden lock settings boards compose-test clean
+.PHONY: help install up test check gpu-check bench golden lock settings boards compose-test clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -28,6 +28,9 @@ check: install ## formatting, lint, types, import rules, generated docs
 
 compose-test: ## build and run the whole stack of docker-compose.yml (needs a Docker engine)
 	@scripts/compose-test
+
+gpu-check: install ## build, serve and measure on this NVIDIA GPU; one report file
+	@$(BIN)/int8qa gpu-check
 
 bench: install ## engine latency by precision on this machine, and the build's report
 	@$(BIN)/int8qa build --force --model-repository $(or $(TMPDIR),/tmp)/int8qa-bench

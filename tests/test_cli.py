@@ -31,6 +31,8 @@ COMMANDS = (
         "triton",
         "ask",
         "evaluate",
+        "check",
+        "gpu-check",
     ),
 )
 SQUAD = {
@@ -160,7 +162,7 @@ def test_version(run: Run) -> None:
         ("build", "--calibrator", "average"),
         ("build", "--weights", "per-row"),
         ("build", "--calibration-limit", "0"),
-        ("build", "--target", "tensorrt"),
+        ("build", "--target", "coreml"),
         ("calibrate-compare", "--limit", "0"),
         ("calibrate-compare", "--sensitivity-questions", "-1"),
         ("sensitivity", "--limit", "0"),
@@ -188,6 +190,141 @@ def test_wrong_setting(
     """A wrong environment is EX_CONFIG, before anything else is done."""
     monkeypatch.setenv(name, value)
     check_one_line(run(command), 78, name)
+
+
+def write_plans(repository: Path, library: str) -> None:
+    """A repository whose manifest says that its engines are TensorRT's."""
+    lock = {
+        "library": library,
+        "version": "10.13.3.9",
+        "compute_capabilities": ["sm89"],
+    }
+    manifest = {"demo": False, "tensorrt": {"lock": lock}}
+    (repository / "manifest.json").write_text(json.dumps(manifest))
+    contract = {
+        "build_id": "0",
+        "checkpoint": "acme/reader",
+        "tokenizer_sha256": "0" * 64,
+        "pad_token_id": 0,
+        "inputs": ["input_ids", "attention_mask"],
+        "max_window_tokens": 384,
+        "sequence_buckets": [384],
+        "batch_sizes": [1],
+        "max_batch_tokens": 384,
+        "models": {},
+    }
+    (repository / "contract.json").write_text(json.dumps(contract))
+
+
+@pytest.mark.parametrize("command", ["up", "triton", "check"])
+@pytest.mark.parametrize("library", ["tensorrt", "tensorrt-rtx"])
+def test_plans_for_another_machine(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    command: str,
+    library: str,
+) -> None:
+    """No Triton is started for plans that it could not load: one line, both sides."""
+    from int8qa.build.engines import tensorrt_lock
+
+    write_plans(tmp_path, library)
+    monkeypatch.setenv("INT8QA_PORT", "0")
+    monkeypatch.setattr("int8qa.embedded.locate_triton", lambda: None)
+    here = tensorrt_lock.EngineLock(library, None)
+    monkeypatch.setattr(tensorrt_lock, "read_lock", lambda flavour: here)
+    finished = run(command, "--model-repository", tmp_path)
+    check_one_line(finished, 69, f"plans of {library} 10.13.3.9 for sm89", "cannot be")
+    here = tensorrt_lock.EngineLock(library, "11.1.0.2")
+    finished = run(command, "--model-repository", tmp_path)
+    check_one_line(finished, 78, f"with {library} 10.13.3.9, this server has 11.1.0.2")
+
+
+@pytest.mark.parametrize("command", ["up", "triton"])
+def test_plans_that_fit_but_for_the_backend(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    """Triton's wheel has no TensorRT backend, whatever GPU is here."""
+    from int8qa.build.engines import tensorrt_lock
+
+    write_plans(tmp_path, "tensorrt")
+    monkeypatch.setenv("INT8QA_PORT", "0")
+    monkeypatch.setattr("int8qa.embedded.locate_triton", lambda: None)
+    here = tensorrt_lock.EngineLock("tensorrt", "10.13.3.9", None, ("sm89",))
+    monkeypatch.setattr(tensorrt_lock, "read_lock", lambda flavour: here)
+    finished = run(command, "--model-repository", tmp_path)
+    check_one_line(finished, 69, "has no TensorRT backend", "int8qa serve")
+    finished = run("check", "--model-repository", tmp_path)
+    assert finished == Finished(
+        0,
+        "",
+        f"{tmp_path}: plans of tensorrt 10.13.3.9 for sm89 can be loaded here\n",
+    )
+
+
+def test_gpu_check_without_a_gpu(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is missing is said before anything is built: TensorRT, Triton, a place."""
+    from int8qa import gpu_check
+    from int8qa.build.engines import tensorrt
+
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    check_one_line(run("gpu-check"), 69, "an NVIDIA GPU", "tritonserver image")
+    monkeypatch.setattr(tensorrt, "check_builder", lambda plans: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(gpu_check, "_IMAGE_SERVER", tmp_path / "none")
+    check_one_line(run("gpu-check"), 69, "finds none on PATH", "profile gpu")
+    monkeypatch.setattr(gpu_check, "find_server", lambda: Path("tritonserver"))
+    finished = run("gpu-check", "--report", tmp_path / "none" / "r.json")
+    check_one_line(finished, 73, "no such directory for the report")
+    assert not list(tmp_path.iterdir())
+
+
+def test_gpu_check(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every option reaches the check; a line per shape, and where the report is."""
+    from int8qa import gpu_check
+    from int8qa.build.engines import tensorrt
+
+    seen: list[gpu_check.GpuCheck] = []
+
+    def fake(check: gpu_check.GpuCheck, say: Any) -> dict[str, Any]:
+        seen.append(check)
+        row = {"int8": {"p50_ms": 1.0}, "fp16": {"p50_ms": 1.5}, "int8_over_fp16": 1.5}
+        return {"latency": {"8x128": row}}
+
+    monkeypatch.setattr(tensorrt, "check_builder", lambda plans: None)
+    monkeypatch.setattr(gpu_check, "find_server", lambda: Path("tritonserver"))
+    monkeypatch.setattr(gpu_check, "check_gpu", fake)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    finished = run("gpu-check")
+    assert finished == Finished(
+        0,
+        "8x128: INT8 1.00 ms, FP16 1.50 ms, 1.50×\n",
+        "report: int8qa-gpu-check.json\n",
+    )
+    assert seen[0].options.model_repository == tmp_path / "int8qa/gpu-check"
+    assert seen[0].options.target == "tensorrt"
+    run(
+        *("gpu-check", "--checkpoint", "acme/x", "--model-repository", tmp_path / "m"),
+        *("--report", "r.json", "--evaluation-limit", 7, "--gate", 0.5),
+    )
+    options = seen[1].options
+    assert (options.checkpoint, options.gate) == ("acme/x", 0.5)
+    assert options.model_repository == tmp_path / "m"
+    assert options.sources.evaluation_limit == 7
+    assert seen[1].report == Path("r.json")
+
+
+def test_check_without_plans(run: Run, tmp_path: Path) -> None:
+    """A CPU's repository passes; where there is none, that is said."""
+    finished = run("check", "--model-repository", tmp_path)
+    check_one_line(finished, 78, "has no contract.json")
+    write_plans(tmp_path, "tensorrt")
+    (tmp_path / "manifest.json").write_text("{}")
+    finished = run("check", "--model-repository", tmp_path)
+    assert finished.code == 0
+    assert "no TensorRT plans, nothing to compare" in finished.err
 
 
 def test_serve_without_a_repository(run: Run, tmp_path: Path) -> None:

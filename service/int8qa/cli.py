@@ -28,7 +28,14 @@ from rich.progress import (
 from rich.table import Table
 
 from int8qa import __version__, errors
-from int8qa.build.commands import JsonOption, RepositoryOption, add_commands
+from int8qa.build.commands import (
+    CheckpointOption,
+    GateOption,
+    JsonOption,
+    RepositoryOption,
+    add_commands,
+)
+from int8qa.build.gpu_commands import add_gpu_commands, check_embedded
 from int8qa.contract import CONTRACT_FILENAME, Precision
 from int8qa.settings import Settings, load_settings
 
@@ -102,6 +109,7 @@ def _root(
 
 
 add_commands(app)
+add_gpu_commands(app)
 
 
 @app.command()
@@ -117,17 +125,18 @@ def up(
     # The port first: a build of minutes must not end in "address in use".
     from int8qa.gateway.app import bind_socket, run_event_loop
 
-    listener = bind_socket(settings.host, settings.port)
-    from int8qa.embedded import locate_triton
+    with bind_socket(settings.host, settings.port) as listener:
+        from int8qa.embedded import locate_triton
 
-    locate_triton()
-    if not no_build:
-        _ensure_repository(settings)
-    from int8qa.gateway.logs import configure_logging
-    from int8qa.stack import run_stack
+        locate_triton()
+        if not no_build:
+            _ensure_repository(settings)
+        check_embedded(settings.model_repository)
+        from int8qa.gateway.logs import configure_logging
+        from int8qa.stack import run_stack
 
-    configure_logging(settings)
-    run_event_loop(run_stack(settings, listener, on_ready=_announce))
+        configure_logging(settings)
+        run_event_loop(run_stack(settings, listener, on_ready=_announce))
 
 
 @app.command()
@@ -156,6 +165,7 @@ def triton(
 ) -> None:
     """Run Triton alone, from its wheel, for a gateway in another process."""
     settings = _settings(model_repository)
+    check_embedded(settings.model_repository)
     from int8qa.embedded.launch import TritonPorts
     from int8qa.gateway.app import run_event_loop
     from int8qa.gateway.logs import configure_logging
@@ -170,6 +180,58 @@ def triton(
             on_ready=lambda url: _say(f"Triton is ready at {url}"),
         )
     )
+
+
+@app.command("gpu-check")
+def check_gpu(
+    checkpoint: CheckpointOption = None,
+    model_repository: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory to build into; not one that is served.  [default: "
+            "~/.cache/int8qa/gpu-check]",
+            show_default=False,
+        ),
+    ] = None,
+    report: Annotated[
+        Path, typer.Option(help="The report, to attach to an issue.")
+    ] = Path("int8qa-gpu-check.json"),
+    evaluation_limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only N questions, evenly spaced.")
+    ] = None,
+    gate: GateOption = 0.99,
+) -> None:
+    """Build for the GPU at hand, start NVIDIA's Triton, measure; write one report."""
+    from int8qa.build.engines.tensorrt import check_builder
+    from int8qa.build.engines.tensorrt_options import PlanOptions
+    from int8qa.build.options import BuildOptions
+    from int8qa.build.sensitivity import default_cache
+    from int8qa.build.subject import QuestionSources
+    from int8qa.gpu_check import GpuCheck, find_server
+    from int8qa.gpu_check import check_gpu as run_check
+
+    plans = PlanOptions()
+    check_builder(plans)
+    server = find_server()
+    if not report.absolute().parent.is_dir():
+        raise errors.RepositoryError(
+            f"no such directory for the report: {report.absolute().parent}"
+        )
+    given: dict[str, Any] = {} if checkpoint is None else {"checkpoint": checkpoint}
+    options = BuildOptions(
+        model_repository=(model_repository or default_cache() / "gpu-check").absolute(),
+        sources=QuestionSources(evaluation_limit=evaluation_limit),
+        gate=gate,
+        plans=plans,
+        **given,
+    )
+    found = run_check(GpuCheck(options, server, report), _say)
+    for shape, row in found["latency"].items():
+        print(
+            f"{shape}: INT8 {row['int8']['p50_ms']:.2f} ms, FP16 "
+            f"{row['fp16']['p50_ms']:.2f} ms, {row['int8_over_fp16']:.2f}×"
+        )
+    _say(f"report: {report}")
 
 
 @app.command()

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import onnx
+import pytest
 from onnx import helper
 
+from int8qa.build import pipeline, plans
+from int8qa.build.engines.tensorrt import BuiltPlan
+from int8qa.build.engines.tensorrt_census import NetworkCensus
+from int8qa.build.engines.tensorrt_lock import EngineLock
+from int8qa.build.engines.tensorrt_options import PlanOptions
 from int8qa.build.graph import clean_graph
 from int8qa.build.half_graph import make_half_graph
 from int8qa.build.projection import QuantizedGraph
@@ -81,3 +88,46 @@ def remove_pair(model: onnx.ModelProto, part: str) -> None:
                 node.input[index] = quantize.input[0]
     model.graph.node.remove(quantize)
     model.graph.node.remove(back)
+
+
+def install_builder(
+    monkeypatch: pytest.MonkeyPatch, quantized_gemms: int = 16
+) -> list[PlanOptions]:
+    """Put a builder in TensorRT's place whose plans are the ONNX graphs it is given.
+
+    Args:
+        monkeypatch: puts everything back.
+        quantized_gemms: that its networks have, if there is a quantizer in them.
+
+    Returns:
+        What it was told, filled as it builds.
+    """
+    told: list[PlanOptions] = []
+    lock = EngineLock("tensorrt", "10.13.3.9", None, ("sm89",), gpu="NVIDIA L4")
+
+    def build(
+        model: Any, directory: Path, profiles: Any, options: PlanOptions, on_step: Any
+    ) -> BuiltPlan:
+        told.append(options)
+        on_step("Tactics", 1, 2)
+        path = directory / "model.plan"
+        path.write_bytes(model.SerializeToString())
+        quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+        census = NetworkCensus(
+            library="10.13.3.9",
+            layers=99,
+            strongly_typed=True,
+            gemms={"int8": quantized_gemms if quantized else 0, "half": 1},
+            softmaxes={},
+            normalizations={},
+            other_gemms=(),
+            inputs={"input_ids": "INT32 (-1, -1)"},
+            outputs={"start_logits": "FLOAT (-1, -1)", "end_logits": "FLOAT (-1, -1)"},
+        )
+        size = path.stat().st_size
+        return BuiltPlan(path, size, 60.04, tuple(profiles), None, census)
+
+    monkeypatch.setattr(plans, "build_plan", build)
+    monkeypatch.setattr(plans, "read_builder_lock", lambda options: lock)
+    monkeypatch.setattr(pipeline, "check_builder", lambda options: None)
+    return told

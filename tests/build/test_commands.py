@@ -15,6 +15,11 @@ import typer
 from int8qa import cli
 from int8qa.build import laboratory, pipeline
 from int8qa.build.calibration import Calibrator, Method
+from int8qa.build.engines.tensorrt_options import (
+    RTX_CAPABILITIES,
+    Flavour,
+    PlanOptions,
+)
 from int8qa.build.options import ALL_CALIBRATORS, BuildOptions, LaboratoryOptions
 from int8qa.build.pipeline import BuildOutcome
 from int8qa.build.quantization import RECIPES
@@ -313,6 +318,38 @@ def test_explain(run: Run, tiny_checkpoints: dict[str, Path], tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("no_work")
+def test_explain_for_tensorrt(
+    run: Run,
+    tiny_checkpoints: dict[str, Path],
+    question_files: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After the tensors, what keeps TensorRT from fusing; it need not be here."""
+    from int8qa.build import plans
+
+    explain = (
+        *("build", "--explain", "--recipe", "full", "--target", "tensorrt"),
+        *("--checkpoint", tiny_checkpoints["bert"]),
+        *("--calibration-data", question_files[0]),
+        *("--evaluation-data", question_files[1]),
+    )
+    code, out, err = run(*explain)
+    assert code == 0, err
+    # Softmax on the grid that TensorRT has.
+    assert "UINT8" not in out
+    assert out.splitlines()[-1].startswith("Nothing in the graph is known to keep")
+    monkeypatch.setattr(plans, "choose_unsmoothed", lambda sites: frozenset())
+    found = json.loads(run(*explain, "--json")[1])
+    assert len(found["sites"]) > 20
+    assert len(found["findings"]) == 2
+    for line in found["findings"]:
+        assert "product-behind-attention" in line
+        assert "Rule: " in line
+    # Without smoothing there is no such product.
+    assert json.loads(run(*explain, "--json", "--no-smooth")[1])["findings"] == []
+
+
+@pytest.mark.usefixtures("no_work")
 def test_explain_of_a_pattern_without_a_match(
     run: Run, tiny_checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -407,3 +444,112 @@ def test_calibrator_that_is_none(
     message = " ".join(err.replace("│", " ").split())
     for part in parts:
         assert part in message
+
+
+def choose_plans(
+    run: Run, monkeypatch: pytest.MonkeyPatch, *arguments: str
+) -> PlanOptions | None:
+    """The plan options that a build with these arguments gets."""
+    seen: list[BuildOptions] = []
+
+    def fake(options: BuildOptions) -> BuildOutcome:
+        seen.append(options)
+        return make_outcome(cached=True)
+
+    monkeypatch.setattr(pipeline, "build_repository", fake)
+    code, _, err = run("build", *arguments)
+    assert code == 0, err
+    return seen[0].plans
+
+
+@pytest.mark.parametrize(
+    ("arguments", "plans"),
+    [
+        ((), None),
+        (("--target", "openvino"), None),
+        (("--target", "tensorrt-rtx"), PlanOptions(Flavour.RTX, RTX_CAPABILITIES)),
+        (
+            ("--target", "tensorrt-rtx", "--compute-capability", "sm80,sm89"),
+            PlanOptions(Flavour.RTX, ("sm80", "sm89")),
+        ),
+        (
+            ("--target", "tensorrt"),
+            PlanOptions(timing_cache=Path("cache/int8qa/tensorrt")),
+        ),
+        (
+            (
+                *("--target", "tensorrt", "--timing-cache", "times"),
+                *("--version-compatible", "--hardware-compatible"),
+            ),
+            PlanOptions(
+                timing_cache=Path("times"),
+                version_compatible=True,
+                hardware_compatible=True,
+            ),
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_plans_of_a_build(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    plans: PlanOptions | None,
+) -> None:
+    """OpenVINO has none; TensorRT keeps its timings; RTX builds for five kinds of GPU."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    assert choose_plans(run, monkeypatch, *arguments) == plans
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (
+            ("--compute-capability", "sm80"),
+            ("--compute-capability", "only --target tensorrt-rtx takes it", "openvino"),
+        ),
+        (("--timing-cache", "x"), ("--timing-cache", "only --target tensorrt takes")),
+        (("--version-compatible",), ("only --target tensorrt takes it",)),
+        (("--hardware-compatible",), ("only --target tensorrt takes it",)),
+        (
+            ("--target", "tensorrt", "--compute-capability", "sm80"),
+            ("builds for the GPU it runs on", "use --target tensorrt-rtx"),
+        ),
+        (
+            ("--target", "tensorrt-rtx", "--timing-cache", "x"),
+            ("has no timing cache",),
+        ),
+        (
+            ("--target", "tensorrt-rtx", "--compute-capability", "8.0"),
+            ("'8.0' is no compute capability", "sm80 (A100)"),
+        ),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
+)
+def test_options_of_another_target(
+    run: Run, arguments: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    """A slip on the command line: EX_USAGE, and which target would take it."""
+    code, out, err = run("build", *arguments)
+    assert (code, out) == (64, "")
+    message = " ".join(err.replace("│", " ").split())
+    for part in parts:
+        assert part in message
+
+
+def test_tensorrt_without_tensorrt(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One line before any work: what is missing, how to get it, what works here."""
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    finished = run(
+        "build", "--target", "tensorrt", "--model-repository", tmp_path / "m"
+    )
+    check_one_line(
+        finished,
+        69,
+        *("an NVIDIA GPU", "tritonserver image", "--gpus all"),
+        *("--target tensorrt-rtx", "--target openvino"),
+    )
+    assert not (tmp_path / "m").exists()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from int8qa.build.calibration import Calibrator
+from int8qa.build.engines.tensorrt_options import Flavour, PlanOptions
 from int8qa.build.options import (
     ALL_CALIBRATORS,
     BuildOptions,
@@ -17,6 +18,7 @@ from int8qa.build.options import (
 )
 from int8qa.build.quantization import RECIPES
 from int8qa.build.subject import data_name, questions_file
+from int8qa.errors import BuildError
 from tests.build.builds import change_options
 
 
@@ -49,6 +51,7 @@ def test_demo_is_what_nobody_chose_anything_for(tmp_path: Path) -> None:
         "calibration": tmp_path / "mine.json",
         "evaluation": tmp_path / "mine.json",
         "gate": 0.5,
+        "plans": PlanOptions(),
     }
     for name, value in others.items():
         assert not change_options(plain, **{name: value}).is_default, name
@@ -84,3 +87,12 @@ def test_smoothed_are_among_those_compared(
     """SmoothQuant is tried with the default and the search, if they were asked for."""
     options = LaboratoryOptions(calibrators=calibrators, smooth=smooth)
     assert [one.name for one in options.smoothed_calibrators] == smoothed
+
+
+def test_target_is_that_of_the_plans() -> None:
+    """OpenVINO unless plans are asked for; these are checked with the rest."""
+    assert BuildOptions().target == "openvino"
+    assert BuildOptions(plans=PlanOptions()).target == "tensorrt"
+    assert BuildOptions(plans=PlanOptions(Flavour.RTX)).target == "tensorrt-rtx"
+    with pytest.raises(BuildError, match=r"'7\.5' is no compute capability"):
+        BuildOptions(plans=PlanOptions(Flavour.RTX, ("7.5",))).check()

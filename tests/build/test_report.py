@@ -11,6 +11,7 @@ from rich.console import Console
 from int8qa.build.report import (
     BuildProgress,
     show_comparison,
+    show_findings,
     show_manifest,
     show_sensitivity,
     show_sites,
@@ -297,3 +298,25 @@ def test_tables_go_to_standard_output_uncut(capsys: pytest.CaptureFixture[str]) 
     assert "→ search + SmoothQuant" in captured.out
     assert "99.69 ± 0.20 %" in captured.out
     assert not captured.err
+
+
+def test_engines_that_were_not_run() -> None:
+    """Without times the table says so, and has no column for any."""
+    console = make_console()
+    manifest = _manifest() | {"latency_ms": {}}
+    show_manifest(manifest, console=console)
+    assert "engines, not run here" in shown(console)
+    assert "milliseconds" not in shown(console)
+
+
+def test_findings() -> None:
+    """A line each as it stands, or the word that there are none."""
+    console = make_console()
+    show_findings(["a/[b]: rule", "c: rule"], console=console)
+    assert shown(console).splitlines() == [
+        "2 places may keep TensorRT from fusing:",
+        *("a/[b]: rule", "c: rule"),
+    ]
+    console = make_console()
+    show_findings([], console=console)
+    assert shown(console).startswith("Nothing in the graph is known to keep TensorRT")

@@ -224,3 +224,19 @@ def test_smoothing_without_windows_is_an_error(uneven: Uneven) -> None:
     """No data, no ranges."""
     with pytest.raises(BuildError, match="at least one"):
         uneven.smooth([], uneven.plan("linear"))
+
+
+def test_tensors_left_out(uneven: Uneven, windows: list[Window]) -> None:
+    """What an engine wants unsmoothed keeps its channels; the others do not mind."""
+    plan = uneven.plan("full")
+    out = frozenset({TensorClass.CONTEXT})
+    chosen = smooth_activations(
+        uneven.reader.wrapped, windows, plan, uneven.reader.inputs, leave_out=out
+    )
+    whole = {name for group in smoothable_gemms(plan) for name in group}
+    left = {name for name in whole if "attention.output.dense" in name}
+    assert len(left) == 2
+    assert chosen.keys() == whole - left
+    quantizers = quantizers_by_name(uneven.reader.model)
+    for name in left:
+        assert quantizers[f"{name}.input_quantizer"].pre_quant_scale is None

@@ -13,7 +13,12 @@ import onnx
 import pytest
 
 from int8qa.build.engines import tensorrt as engine
-from int8qa.build.engines.tensorrt import build_plan, import_library, parse_network
+from int8qa.build.engines.tensorrt import (
+    build_plan,
+    check_builder,
+    import_library,
+    parse_network,
+)
 from int8qa.build.engines.tensorrt_census import NetworkCensus, check_network
 from int8qa.build.engines.tensorrt_options import (
     Flavour,
@@ -153,6 +158,16 @@ class _FakeLibrary:
         raise TypeError("pybind11::init(): factory function returned nullptr")
 
 
+@needs_rtx
+def test_builder_is_checked() -> None:
+    """What RTX cannot build for is known before there is a graph."""
+    check_builder(rtx(*CAPABILITIES))
+    with pytest.raises(BuildError, match=r"cannot build for sm90; .* sm75, sm80"):
+        check_builder(rtx("sm90"))
+    with pytest.raises(BuildError, match="is no compute capability"):
+        check_builder(rtx("9.0"))
+
+
 def test_no_gpu(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library without a GPU: one line that tells CUDA's reason and the way out."""
     monkeypatch.setattr(engine, "import_library", lambda _: _FakeLibrary)
@@ -161,6 +176,8 @@ def test_no_gpu(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         with pytest.raises(MissingDependencyError, match=r"error: 35.*tensorrt-rtx"):
             parse_network(model, Flavour.TENSORRT)
+        with pytest.raises(MissingDependencyError, match=r"error: 35.*tensorrt-rtx"):
+            check_builder(PlanOptions())
     finally:
         engine._shared_logger.cache_clear()
 

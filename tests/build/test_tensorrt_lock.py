@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from int8qa.build.engines import tensorrt_lock
-from int8qa.build.engines.tensorrt_lock import EngineLock, check_lock, read_lock
-from int8qa.build.engines.tensorrt_options import Flavour
+from int8qa.build.engines.tensorrt_lock import (
+    EngineLock,
+    check_lock,
+    check_repository,
+    read_builder_lock,
+    read_lock,
+)
+from int8qa.build.engines.tensorrt_options import Flavour, PlanOptions
 from int8qa.errors import ContractError, MissingDependencyError
 
 BUILT = EngineLock(
@@ -149,3 +157,74 @@ def test_reading_a_machine_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _missing(flavour: Flavour) -> None:
     raise MissingDependencyError(str(flavour))
+
+
+def write_manifest(repository: Path, lock: object) -> None:
+    manifest = {"tensorrt": lock if lock is None else {"lock": lock}}
+    (repository / "manifest.json").write_text(json.dumps(manifest))
+
+
+def serve_on(monkeypatch: pytest.MonkeyPatch, lock: EngineLock) -> None:
+    """This machine becomes another."""
+    monkeypatch.setattr(tensorrt_lock, "read_lock", lambda flavour: lock)
+
+
+def test_repository_fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Plans that can be loaded are told; a repository without plans, or none, passes."""
+    serve_on(monkeypatch, BUILT)
+    assert check_repository(tmp_path) is None
+    write_manifest(tmp_path, None)
+    assert check_repository(tmp_path) is None
+    write_manifest(tmp_path, BUILT.describe())
+    assert check_repository(tmp_path) == BUILT
+
+
+def test_repository_for_another_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Refused with both versions, before Triton tries."""
+    serve_on(monkeypatch, other(version="11.1.0.2"))
+    write_manifest(tmp_path, BUILT.describe())
+    with pytest.raises(
+        ContractError, match=r"10\.13\.3\.9, this server has 11\.1\.0\.2"
+    ):
+        check_repository(tmp_path)
+
+
+@pytest.mark.parametrize("lock", [{}, {"library": "none"}, "tensorrt", ["lock"]])
+def test_repository_of_a_damaged_manifest(tmp_path: Path, lock: object) -> None:
+    """A lock that is none does not let plans through."""
+    write_manifest(tmp_path, lock)
+    with pytest.raises(ContractError, match="does not say which TensorRT"):
+        check_repository(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("library", "cure"),
+    [
+        ("tensorrt", r"start the image that built them \(NGC 25\.09\)"),
+        ("tensorrt-rtx", r"pip install tensorrt-rtx==10\.13\.3\.9"),
+    ],
+)
+def test_repository_without_its_library(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, library: str, cure: str
+) -> None:
+    """No library and no GPU: what the plans need, how to get it, what works here."""
+    serve_on(monkeypatch, EngineLock(library, None))
+    write_manifest(tmp_path, other(library=library).describe())
+    with pytest.raises(MissingDependencyError, match=cure) as caught:
+        check_repository(tmp_path)
+    text = str(caught.value)
+    assert f"plans of {library} 10.13.3.9 for sm89" in text
+    assert f"version of {library} and compute capability cannot be found" in text
+    assert "--target openvino" in text
+    assert "\n" not in text
+
+
+def test_lock_of_a_build() -> None:
+    """It says what was asked for, not what this machine has."""
+    options = PlanOptions(Flavour.RTX, ("sm75", "sm80"))
+    assert read_builder_lock(options).compute_capabilities == ("sm75", "sm80")
+    flags = PlanOptions(version_compatible=True, hardware_compatible=True)
+    lock = read_builder_lock(flags)
+    assert (lock.version_compatible, lock.hardware_compatible) == (True, True)

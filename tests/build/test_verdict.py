@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from int8qa.build.accuracy import Accuracy, check_gate
-from int8qa.build.verdict import Verdict, write_verdict
+from int8qa.build.verdict import Verdict, write_unmeasured_verdict, write_verdict
 from int8qa.contract import Precision
 from int8qa.errors import AccuracyGateError, BuildError
 
@@ -312,3 +312,32 @@ def test_bad_gate(gate: float) -> None:
     """A gate is a share."""
     with pytest.raises(BuildError, match="the gate is"):
         judge(gate=gate)
+
+
+def judge_unmeasured(**accuracies: Accuracy) -> Verdict:
+    return write_unmeasured_verdict(
+        {"int8": INT8, "fp16": FP16, "fp32": FP32, **accuracies},
+        recipe="full",
+        calibrator="max",
+        target="tensorrt-rtx 1.7.1 on sm80, sm89",
+        device="Test\n CPU",
+        gate=0.99,
+    )
+
+
+def test_engines_that_were_not_run() -> None:
+    """Nothing is recommended; what was measured where is told apart."""
+    verdict = judge_unmeasured()
+    assert verdict == Verdict(None, verdict.text, {}, {})
+    assert verdict.text == (
+        "INT8 (full, max) and FP16 are built for tensorrt-rtx 1.7.1 on sm80, sm89 and "
+        "were not run: no speed was measured here, so none is recommended. Accuracy is "
+        "that of the same graphs on Test CPU, evidence for the graphs and not for the "
+        "kernels. INT8 costs 0.11 points of F1 (75.32; FP32 75.43), keeping "
+        "99.85 ± 0.40 %; 9 of 200 answers differ from FP32's (FP16's: 1). Measure "
+        "where it will run: `int8qa evaluate`, or precision `both`."
+    )
+    few = judge_unmeasured(int8=replace(INT8, f1_ratio_margin=0.02))
+    assert "Caution: on 200 questions" in few.text
+    with pytest.raises(BuildError, match="f1 of int8 is nan"):
+        judge_unmeasured(int8=replace(INT8, f1=math.nan))

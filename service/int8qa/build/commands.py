@@ -21,6 +21,8 @@ class TargetName(str, Enum):
     """Engines the build offers."""
 
     OPENVINO = "openvino"
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt-rtx"
 
 
 class WeightScales(str, Enum):
@@ -102,8 +104,45 @@ def build(
     checkpoint: CheckpointOption = None,
     revision: RevisionOption = None,
     target: Annotated[
-        TargetName, typer.Option(help="Engine to build for.")
+        TargetName,
+        typer.Option(
+            help="Engine to build for: openvino on CPUs; tensorrt on the GPU at hand; "
+            "tensorrt-rtx ahead of time, on any Linux machine."
+        ),
     ] = TargetName.OPENVINO,
+    compute_capability: Annotated[
+        str | None,
+        typer.Option(
+            help="GPUs that --target tensorrt-rtx builds for, by comma.  [default: "
+            "sm75,sm80,sm86,sm89,sm120]",
+            show_default=False,
+        ),
+    ] = None,
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder where --target tensorrt keeps the times of kernels; the next "
+            "build takes minutes less.  [default: ~/.cache/int8qa/tensorrt]",
+            show_default=False,
+        ),
+    ] = None,
+    version_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--version-compatible",
+            help="--target tensorrt: plans load in later TensorRTs, too, up to the "
+            "next major version. Price: slower, and a runtime inside the plan that "
+            "Triton must be told to trust (docs/tensorrt.md).",
+        ),
+    ] = False,
+    hardware_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--hardware-compatible",
+            help="--target tensorrt: plans run on Ampere and all later GPUs. Price: "
+            "slower.",
+        ),
+    ] = False,
     recipe: Annotated[
         str,
         typer.Option(
@@ -189,15 +228,29 @@ def build(
     as_json: JsonOption = False,
 ) -> None:
     """Turn a checkpoint into calibrated INT8, FP16 and FP32 engines for Triton."""
-    del target  # one value so far
     from int8qa.build.options import BuildOptions
     from int8qa.build.pipeline import build_repository
     from int8qa.build.report import show_manifest
 
     ranges = _choose_calibrator(calibrator, percentile)
     chosen = _load_recipe(recipe, weights, share_qkv=share_qkv)
+    plans = _choose_plans(
+        target,
+        compute_capability,
+        timing_cache,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+    )
+    sources = _sources(
+        calibration_data, evaluation_data, calibration_limit, evaluation_limit
+    )
+    given = {} if checkpoint is None else {"checkpoint": checkpoint}
     if explain:
-        _explain(checkpoint, revision, chosen, as_json=as_json)
+        files = _resolve(checkpoint, revision)
+        blocks = None
+        if plans is not None:
+            blocks = _find_blocks(files, sources, chosen, smooth=smooth)
+        _explain(files, chosen, blocks, as_json=as_json)
         return
     settings = load_settings()
     options = BuildOptions(
@@ -206,13 +259,12 @@ def build(
         recipe=chosen,
         calibrator=ranges,
         smooth=smooth,
-        sources=_sources(
-            calibration_data, evaluation_data, calibration_limit, evaluation_limit
-        ),
+        sources=sources,
         gate=gate,
         mixed=mixed,
+        plans=plans,
         force=force,
-        **({} if checkpoint is None else {"checkpoint": checkpoint}),
+        **given,
     )
     outcome = build_repository(options)
     if as_json:
@@ -413,27 +465,97 @@ def _sources(
     )
 
 
-def _explain(
-    checkpoint: str | None, revision: str | None, recipe: Any, *, as_json: bool
-) -> None:
-    from int8qa.build.checkpoint import (
-        demo_checkpoint_directory,
-        load_checkpoint,
-        resolve_checkpoint,
+def _choose_plans(
+    target: TargetName,
+    compute_capability: str | None,
+    timing_cache: Path | None,
+    *,
+    version_compatible: bool,
+    hardware_compatible: bool,
+) -> Any:
+    """How TensorRT's plans are to be built; None for OpenVINO."""
+    from int8qa.build.engines.tensorrt_options import (
+        RTX_CAPABILITIES,
+        Flavour,
+        PlanOptions,
     )
-    from int8qa.build.export import model_inputs, wrap_model
-    from int8qa.build.quantization import insert_quantizers
-    from int8qa.build.report import show_sites
-    from int8qa.build.sites import find_sites
+    from int8qa.errors import BuildError
 
-    files = resolve_checkpoint(
+    given = {
+        "--compute-capability": compute_capability,
+        "--timing-cache": timing_cache,
+        "--version-compatible": version_compatible,
+        "--hardware-compatible": hardware_compatible,
+    }
+    if target is TargetName.OPENVINO:
+        for name, value in given.items():
+            if value:
+                takers = "tensorrt-rtx" if value is compute_capability else "tensorrt"
+                raise typer.BadParameter(
+                    f"only --target {takers} takes it; this build is for openvino",
+                    param_hint=name,
+                )
+        return None
+    flavour = Flavour(target.value)
+    capabilities = tuple(filter(None, (compute_capability or "").split(",")))
+    if flavour is Flavour.RTX:
+        capabilities = capabilities or RTX_CAPABILITIES
+    else:
+        from int8qa.build.sensitivity import default_cache
+
+        timing_cache = timing_cache or default_cache() / "tensorrt"
+    options = PlanOptions(
+        flavour,
+        capabilities,
+        timing_cache=timing_cache,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+    )
+    try:
+        options.check()
+    except BuildError as error:
+        raise typer.BadParameter(str(error), param_hint="--target") from error
+    return options
+
+
+def _resolve(checkpoint: str | None, revision: str | None) -> Any:
+    from int8qa.build.checkpoint import demo_checkpoint_directory, resolve_checkpoint
+
+    return resolve_checkpoint(
         checkpoint or str(demo_checkpoint_directory()), revision=revision
     )
+
+
+def _find_blocks(files: Any, sources: Any, recipe: Any, *, smooth: bool) -> list[str]:
+    """Where the graph would keep TensorRT from fusing, a line each."""
+    import tempfile
+
+    from int8qa.build.plans import list_fusion_blocks
+    from int8qa.build.subject import load_subject
+    from int8qa.contract import TOKENIZER_FILENAME
+
+    sources.check()
+    with tempfile.TemporaryDirectory() as scratch:
+        subject = load_subject(files, sources, Path(scratch) / TOKENIZER_FILENAME)
+        found = list_fusion_blocks(subject, recipe, smooth=smooth)
+    return [str(finding) for finding in found]
+
+
+def _explain(
+    files: Any, recipe: Any, blocks: list[str] | None, *, as_json: bool
+) -> None:
+    from int8qa.build.checkpoint import load_checkpoint
+    from int8qa.build.export import model_inputs, wrap_model
+    from int8qa.build.plans import sign_softmax
+    from int8qa.build.quantization import insert_quantizers
+    from int8qa.build.report import show_findings, show_sites
+    from int8qa.build.sites import find_sites
+
     loaded = load_checkpoint(files)
     reader = wrap_model(loaded.model)
     insert_quantizers(loaded.model)
     sites = find_sites(reader, model_inputs(takes_token_types=loaded.takes_token_types))
-    plan = recipe.choose(sites)
+    plan = (recipe if blocks is None else sign_softmax(recipe)).choose(sites)
     rows = [
         {
             "layer": site.layer,
@@ -444,6 +566,9 @@ def _explain(
         for site in sites
     ]
     if as_json:
-        print(json.dumps(rows, indent=2))
-    else:
-        show_sites(rows, title=f"{files.name}, recipe {recipe.name}")
+        whole = rows if blocks is None else {"sites": rows, "findings": blocks}
+        print(json.dumps(whole, indent=2))
+        return
+    show_sites(rows, title=f"{files.name}, recipe {recipe.name}")
+    if blocks is not None:
+        show_findings(blocks)

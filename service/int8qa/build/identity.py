@@ -18,6 +18,7 @@ from typing import Any
 
 from int8qa import __version__
 from int8qa.build.checkpoint import CheckpointFiles
+from int8qa.build.engines.tensorrt_lock import read_builder_lock
 from int8qa.build.manifest import MANIFEST_VERSION, describe_recipe
 from int8qa.build.options import BuildOptions
 from int8qa.build.repository import hash_file
@@ -59,7 +60,7 @@ def identify_build(
         "evaluation_limit": sources.evaluation_limit,
         "evaluation_data": data_name(sources.evaluation, "evaluation"),
         "gate": options.gate,
-        "target": "openvino",
+        "target": options.target,
         "manifest_version": MANIFEST_VERSION,
         "checkpoint_sha256": files.sha256,
         "calibration_sha256": hash_file(sources.calibration),
@@ -68,6 +69,10 @@ def identify_build(
         "code_sha256": hash_code(),
         "machine": describe_machine(),
     }
+    if options.plans is not None:
+        lock = read_builder_lock(options.plans).describe()
+        del lock["driver"]  # a newer one runs the same plans
+        identity["tensorrt"] = lock
     return hash_parts(identity), identity
 
 

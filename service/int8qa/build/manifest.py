@@ -7,15 +7,14 @@ types only. Measures nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from int8qa.build.accuracy import Accuracy, Answers, share_equal
-from int8qa.build.engines.openvino import Execution
 from int8qa.build.latency import Latency
 from int8qa.build.mixed import MixedPlan
 from int8qa.build.quantization import Recipe
-from int8qa.contract import ModelRecord, Precision
+from int8qa.contract import Precision
 
 MANIFEST_VERSION = 2
 
@@ -38,13 +37,25 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True, slots=True)
+class ServedEngine:
+    """One engine of a repository, whichever kind it is."""
+
+    execution: str
+    """Types of its GEMMs in order of frequency."""
+    gemms: Mapping[str, int]
+    """By the types they run in."""
+    size_bytes: int
+    attentions: Mapping[str, int] = field(default_factory=dict)
+    """Fused ones by type, of an engine that tells."""
+
+
 def describe_models(
-    records: Mapping[Precision, ModelRecord],
-    executions: Mapping[Precision, Execution],
+    engines: Mapping[Precision, ServedEngine],
     accuracies: Mapping[Precision, Accuracy],
     answers: Mapping[Precision, Answers],
 ) -> dict[str, Any]:
-    """By precision: accuracy, what it runs in, bytes."""
+    """By served precision: accuracy, what it runs in, bytes."""
     return {
         str(precision): {
             "accuracy": asdict(accuracies[precision])
@@ -53,12 +64,12 @@ def describe_models(
                     answers[precision], answers[Precision.FP16]
                 )
             },
-            "execution": record.execution,
-            "gemms": executions[precision].gemms,
-            "attentions": executions[precision].attentions,
-            "size_bytes": record.size_bytes,
+            "execution": engine.execution,
+            "gemms": dict(engine.gemms),
+            "attentions": dict(engine.attentions),
+            "size_bytes": engine.size_bytes,
         }
-        for precision, record in records.items()
+        for precision, engine in engines.items()
     }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from int8qa.build.accuracy import DEFAULT_GATE
 from int8qa.build.calibration import Calibrator
 from int8qa.build.checkpoint import demo_checkpoint_directory
+from int8qa.build.engines.tensorrt_options import PlanOptions
 from int8qa.build.quantization import RECIPES, Recipe
 from int8qa.build.subject import QuestionSources
 from int8qa.errors import BuildError
@@ -45,8 +46,15 @@ class BuildOptions:
     gate: float = DEFAULT_GATE
     mixed: bool = False
     """Leave the most sensitive kernels in float until the gate is reached."""
+    plans: PlanOptions | None = None
+    """How TensorRT's plans are built; None serves with OpenVINO."""
     force: bool = False
     """Rebuild even if the repository is current."""
+
+    @property
+    def target(self) -> str:
+        """The engine that serves: openvino, tensorrt or tensorrt-rtx."""
+        return "openvino" if self.plans is None else str(self.plans.flavour)
 
     @property
     def is_default(self) -> bool:
@@ -58,13 +66,15 @@ class BuildOptions:
         """Refuse what cannot work before anything slow begins.
 
         Raises:
-            BuildError: the gate is no share.
+            BuildError: the gate is no share, or TensorRT cannot build as asked.
             DataFileError: a file of questions is not there.
         """
         if not 0.0 <= self.gate <= 1.0:
             raise BuildError(
                 f"the gate is {self.gate}; allowed: 0 (off) to 1, a share of FP32's F1"
             )
+        if self.plans is not None:
+            self.plans.check()
         self.sources.check()
 
 

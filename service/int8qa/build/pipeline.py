@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,6 +18,7 @@ from int8qa import __version__
 from int8qa.build.accuracy import (
     Accuracy,
     Answers,
+    Infer,
     check_gate,
     compare_answers,
 )
@@ -29,12 +31,16 @@ from int8qa.build.engines.openvino import (
     check_execution,
     compile_graph,
 )
+from int8qa.build.engines.tensorrt import check_builder
+from int8qa.build.engines.tensorrt_lock import MANIFEST_KEY
+from int8qa.build.engines.tensorrt_options import PlanOptions
 from int8qa.build.export import export_onnx, wrap_model
 from int8qa.build.graph import clean_graph
 from int8qa.build.identity import identify_build
-from int8qa.build.latency import fit_shapes, medians, time_engines
+from int8qa.build.latency import Latency, fit_shapes, medians, time_engines
 from int8qa.build.manifest import (
     MANIFEST_VERSION,
+    ServedEngine,
     describe_latencies,
     describe_mixed,
     describe_models,
@@ -43,7 +49,19 @@ from int8qa.build.manifest import (
 from int8qa.build.mixed import MixedPlan, MixedStep, find_mixed_plan, rank_units
 from int8qa.build.options import BuildOptions, list_advice
 from int8qa.build.parity import COMPILE, EXPORT, HALF, check_parity
-from int8qa.build.quantization import Plan
+from int8qa.build.plans import (
+    MeasuredGraph,
+    PlanSet,
+    build_plans,
+    choose_unsmoothed,
+    describe_changes,
+    describe_plans,
+    describe_target,
+    sign_softmax,
+    summarize_findings,
+    tell_seldom,
+)
+from int8qa.build.quantization import Plan, Recipe
 from int8qa.build.quantized import QuantizedReader
 from int8qa.build.range_search import LogitProbe
 from int8qa.build.reference import run_onnx, run_torch
@@ -54,9 +72,12 @@ from int8qa.build.repository import (
     read_manifest,
     stage_repository,
 )
+from int8qa.build.sites import TensorClass
 from int8qa.build.subject import load_subject
 from int8qa.build.triton_config import openvino_model_config
-from int8qa.build.verdict import Verdict, write_verdict
+from int8qa.build.triton_tensorrt_config import BATCH_SIZES as PLAN_BATCH_SIZES
+from int8qa.build.triton_tensorrt_config import MAX_BATCH_TOKENS as PLAN_BATCH_TOKENS
+from int8qa.build.verdict import Verdict, write_unmeasured_verdict, write_verdict
 from int8qa.contract import (
     TOKENIZER_FILENAME,
     Contract,
@@ -76,6 +97,10 @@ BATCH_SIZES = (1, 2, 4, 8)
 MAX_BATCH_TOKENS = 1024
 """A CPU gains nothing from larger batches: its cores are full, and they only wait."""
 LATENCY_BUDGET_S = 1.0
+SERVED = (Precision.INT8, Precision.FP16, Precision.FP32)
+"""What OpenVINO serves, in the order of reports."""
+MEASURED = "measured"
+"""Folder of OpenVINO's models of a build for TensorRT, gone before it is published."""
 PARITY_QUESTIONS = 16
 """Questions the export parity is measured on; the engines get all of them."""
 
@@ -97,10 +122,13 @@ def build_repository(
 
     Raises:
         BuildError: any stage failed; the target is as it was.
-        MissingDependencyError: torch, ModelOpt or OpenVINO is not installed.
+        MissingDependencyError: torch, ModelOpt or OpenVINO is not installed, or the
+            TensorRT that is to build.
     """
     begin = time.monotonic()
     options.check()
+    if options.plans is not None:
+        check_builder(options.plans)
     files = resolve_checkpoint(options.checkpoint, revision=options.revision)
     build_id, identity = identify_build(options, files)
     if not options.force:
@@ -152,6 +180,8 @@ class _Build:
         self.remarks: list[str] = []
         self.engines: dict[Precision, OpenVinoEngine] = {}
         self.sizes: dict[Precision, int] = {}
+        self.graphs: dict[Precision, MeasuredGraph] = {}
+        """What the engines were compiled from; kept for TensorRT alone."""
 
     def run(self, build_id: str) -> tuple[Contract, dict[str, Any]]:
         with self.progress.stage(f"load {self.files.name}"):
@@ -172,6 +202,7 @@ class _Build:
         with self.progress.stage("compile for OpenVINO"):
             for precision in (Precision.FP32, Precision.FP16):
                 self._compile(precision, float_graph, quantized_gemms=0)
+                self._keep(precision, float_graph, quantized_gemms=0)
             census = self._compile_int8(exported, quantized, quantized.plan, ranges)
         answers, deviations = self._hold_engines(torch_answers)
         accuracies = {
@@ -191,30 +222,21 @@ class _Build:
                 census = self._compile_int8(exported, quantized, mixed.plan, ranges)
                 infers["pure int8"] = infers["int8"]
                 infers["int8"] = self.engines[Precision.INT8].infer
-        with self.progress.stage("time the engines"):
-            latencies = time_engines(
-                infers,
-                fit_shapes(subject.max_window_tokens),
-                subject.inputs,
-                budget_s=LATENCY_BUDGET_S,
-            )
+        latencies = self._time(infers) if self.options.plans is None else {}
         plan = quantized.plan if mixed is None else mixed.plan
         int8 = accuracies[Precision.INT8]
         self.remarks += check_gate(
             int8, gate=self.options.gate, advice=list_advice(self.options)
         )
         latency_ms = medians(latencies)
-        verdict = write_verdict(
-            latency_ms,
-            {str(name): accuracy for name, accuracy in accuracies.items()},
-            recipe=self.options.recipe.name,
-            calibrator=self.options.calibrator.name,
-            device=self.engines[Precision.INT8].execution.device,
-            gate=self.options.gate,
-        )
+        verdict = self._judge(latency_ms, accuracies)
+        built = None
+        if self.options.plans is not None:
+            built = self._build_plans(self.options.plans)
         with self.progress.stage("write the model repository"):
             self._write_models()
-        models = self._model_records(accuracies)
+        served = self._list_served(built)
+        models = self._model_records(served, accuracies)
         contract = self._contract(build_id, models, verdict)
         execution = self.engines[Precision.INT8].execution
         manifest = {
@@ -226,7 +248,7 @@ class _Build:
             "checkpoint": {"name": self.files.name, "sha256": self.files.sha256},
             "device": execution.device,
             "capabilities": list(execution.capabilities),
-            "recipe": describe_recipe(self.options.recipe),
+            "recipe": describe_recipe(self.recipe),
             "calibrator": self.options.calibrator.name,
             "gate": self.options.gate,
             "calibration_questions": len(subject.calibration),
@@ -240,19 +262,24 @@ class _Build:
             },
             "searched": quantized.chosen,
             "mixed": describe_mixed(mixed, latency_ms),
-            "models": describe_models(
-                models,
-                {name: engine.execution for name, engine in self.engines.items()},
-                accuracies,
-                answers,
-            ),
+            "models": describe_models(served, accuracies, answers),
             "latency_ms": latency_ms,
             "latency": describe_latencies(latencies),
             "recommended": verdict.recommended,
             "verdict": verdict.text,
             "remarks": self.remarks,
         }
+        if built is not None and self.options.plans is not None:
+            manifest[MANIFEST_KEY] = describe_plans(
+                built, self.options.plans, measured_on=execution.device
+            )
         return contract, manifest
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe on grids that the target has."""
+        recipe = self.options.recipe
+        return recipe if self.options.plans is None else sign_softmax(recipe)
 
     def _quantize(
         self, reader: Any
@@ -260,13 +287,17 @@ class _Build:
         """Quantizers into the model: ranges by site, smoothing strengths by GEMM."""
         options = self.options
         windows = self.subject.calibration_windows
-        quantized = QuantizedReader(
-            reader, windows, self.subject.inputs, [options.recipe]
-        )
+        quantized = QuantizedReader(reader, windows, self.subject.inputs, [self.recipe])
+        leave_out: frozenset[TensorClass] = frozenset()
+        if options.plans is not None:
+            leave_out = choose_unsmoothed(quantized.plan.sites)
+            self.remarks += describe_changes(
+                options.recipe, quantized.plan, smooth=options.smooth
+            )
         alphas: dict[str, float] = {}
         if options.smooth:
             with self.progress.stage("smooth outliers", steps=len(windows)) as tick:
-                alphas = quantized.smooth(options.calibrator, tick)
+                alphas = quantized.smooth(options.calibrator, tick, leave_out=leave_out)
         with self.progress.stage(
             f"calibrate ({options.recipe.name}, {options.calibrator.name})",
             steps=len(windows),
@@ -296,12 +327,27 @@ class _Build:
         self, precision: Precision, graph: onnx.ModelProto, *, quantized_gemms: int
     ) -> None:
         """The engine of ``precision``, held to what it was asked for."""
-        directory = self.staged.model_directory(precision.model_name)
+        directory = self._engine_directory(precision)
         engine, size_bytes = compile_graph(graph, directory, precision)
         self.remarks += check_execution(
             engine.execution, precision, quantized_gemms=quantized_gemms
         )
         self.engines[precision], self.sizes[precision] = engine, size_bytes
+
+    def _engine_directory(self, precision: Precision) -> Path:
+        """Where OpenVINO's model goes: to be served, or only to be measured."""
+        if self.options.plans is None:
+            return self.staged.model_directory(precision.model_name)
+        directory = self.staged.directory / MEASURED / precision.model_name
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
+
+    def _keep(
+        self, precision: Precision, graph: onnx.ModelProto, *, quantized_gemms: int
+    ) -> None:
+        """Remember what was measured, if a plan is to be built of it."""
+        if self.options.plans is not None:
+            self.graphs[precision] = MeasuredGraph(graph, quantized_gemms)
 
     def _compile_int8(
         self,
@@ -314,6 +360,7 @@ class _Build:
         graph = exported.project(plan, ranges)
         census = take_census(graph, plan, quantized.sites, ranges)
         self._compile(Precision.INT8, graph, quantized_gemms=plan.quantized_gemms)
+        self._keep(Precision.INT8, graph, quantized_gemms=census.quantized_matmuls)
         return census
 
     def _hold_engines(
@@ -396,29 +443,86 @@ class _Build:
             )
             return mixed, by_plan[mixed.plan.names]
 
+    def _time(self, infers: Mapping[str, Infer]) -> dict[str, dict[str, Latency]]:
+        with self.progress.stage("time the engines"):
+            return time_engines(
+                infers,
+                fit_shapes(self.subject.max_window_tokens),
+                self.subject.inputs,
+                budget_s=LATENCY_BUDGET_S,
+            )
+
+    def _judge(
+        self,
+        latency_ms: dict[str, dict[str, float]],
+        accuracies: dict[Precision, Accuracy],
+    ) -> Verdict:
+        named = {str(name): accuracy for name, accuracy in accuracies.items()}
+        facts: dict[str, Any] = {
+            "recipe": self.options.recipe.name,
+            "calibrator": self.options.calibrator.name,
+            "device": self.engines[Precision.INT8].execution.device,
+            "gate": self.options.gate,
+        }
+        if self.options.plans is None:
+            return write_verdict(latency_ms, named, **facts)
+        return write_unmeasured_verdict(
+            named, target=describe_target(self.options.plans), **facts
+        )
+
+    def _build_plans(self, options: PlanOptions) -> PlanSet:
+        with self.progress.stage(f"build for {describe_target(options)}"):
+            built = build_plans(
+                self.graphs,
+                self.staged,
+                self.subject,
+                options,
+                on_step=lambda precision: tell_seldom(
+                    self.progress.say, str(precision)
+                ),
+            )
+        self.remarks += summarize_findings(built.findings)
+        return built
+
+    def _list_served(self, built: PlanSet | None) -> dict[Precision, ServedEngine]:
+        if built is not None:
+            return {
+                name: ServedEngine(
+                    plan.census.summary, plan.census.gemms, plan.size_bytes
+                )
+                for name, plan in built.plans.items()
+            }
+        executions = {name: self.engines[name].execution for name in SERVED}
+        return {
+            name: ServedEngine(one.summary, one.gemms, self.sizes[name], one.attentions)
+            for name, one in executions.items()
+        }
+
     def _model_records(
-        self, accuracies: dict[Precision, Accuracy]
+        self,
+        served: Mapping[Precision, ServedEngine],
+        accuracies: Mapping[Precision, Accuracy],
     ) -> dict[Precision, ModelRecord]:
-        def record(precision: Precision) -> ModelRecord:
+        def record(precision: Precision, engine: ServedEngine) -> ModelRecord:
             int8 = precision is Precision.INT8
             recipe = self.options.recipe.name + ("+mixed" if self.options.mixed else "")
             return ModelRecord(
                 name=precision.model_name,
-                engine="openvino",
+                engine=self.options.target,
                 calibrator=self.options.calibrator.name if int8 else "none",
                 recipe=recipe if int8 else "none",
                 f1=round(accuracies[precision].f1, 3),
                 exact_match=round(accuracies[precision].exact_match, 3),
-                size_bytes=self.sizes[precision],
-                execution=self.engines[precision].execution.summary,
+                size_bytes=engine.size_bytes,
+                execution=engine.execution,
             )
 
-        return {
-            precision: record(precision)
-            for precision in (Precision.INT8, Precision.FP16, Precision.FP32)
-        }
+        return {name: record(name, engine) for name, engine in served.items()}
 
     def _write_models(self) -> None:
+        if self.options.plans is not None:  # plans are already in their places
+            shutil.rmtree(self.staged.directory / MEASURED)
+            return
         source = Path(str(resources.files("int8qa.build.engines")))
         for precision in Precision:
             directory = self.staged.model_directory(precision.model_name)
@@ -441,6 +545,7 @@ class _Build:
         verdict: Verdict,
     ) -> Contract:
         subject = self.subject
+        on_cpu = self.options.plans is None
         return Contract(
             build_id=build_id,
             checkpoint=self.files.name,
@@ -449,9 +554,11 @@ class _Build:
             inputs=subject.inputs,
             max_window_tokens=subject.max_window_tokens,
             sequence_buckets=subject.buckets,
-            batch_sizes=BATCH_SIZES,
-            max_batch_tokens=MAX_BATCH_TOKENS,
+            batch_sizes=BATCH_SIZES if on_cpu else PLAN_BATCH_SIZES,
+            max_batch_tokens=MAX_BATCH_TOKENS if on_cpu else PLAN_BATCH_TOKENS,
             models=models,
-            recommended=Precision(verdict.recommended),
+            recommended=None
+            if verdict.recommended is None
+            else Precision(verdict.recommended),
             verdict=verdict.text,
         )

@@ -8,6 +8,7 @@ projected. The order of the methods is the order they are called in.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING
 
 from int8qa.build.calibration import (
@@ -28,7 +29,7 @@ from int8qa.build.quantization import (
     switch_quantizers,
 )
 from int8qa.build.range_search import search_ranges, shared_tensors
-from int8qa.build.sites import find_sites
+from int8qa.build.sites import TensorClass, find_sites
 from int8qa.build.smoothing import smooth_activations
 from int8qa.reader.windows import Window
 
@@ -68,7 +69,11 @@ class QuantizedReader:
         """Candidate the range search took, by activation site."""
 
     def smooth(
-        self, calibrator: Calibrator, on_window: Tick = _ignore
+        self,
+        calibrator: Calibrator,
+        on_window: Tick = _ignore,
+        *,
+        leave_out: AbstractSet[TensorClass] = frozenset(),
     ) -> dict[str, float]:
         """SmoothQuant, before anything is collected: strengths by GEMM."""
         return smooth_activations(
@@ -77,6 +82,7 @@ class QuantizedReader:
             self.plan,
             self.inputs,
             keep=calibrator.kept_share,
+            leave_out=leave_out,
             on_window=on_window,
         )
 

@@ -87,11 +87,14 @@ def show_manifest(manifest: dict[str, Any], *, console: Console | None = None) -
     accuracies.add_column("precision")
     for heading in ("F1", "EM", "of FP32's F1", "same", "max |Δ|"):
         accuracies.add_column(heading, justify="right")
-    engines = Table(title="milliseconds by batch × tokens", title_justify="left")
+    shapes = list(manifest["latency_ms"])
+    engines = Table(
+        title="milliseconds by batch × tokens" if shapes else "engines, not run here",
+        title_justify="left",
+    )
     engines.add_column("precision")
     engines.add_column("runs in")
     engines.add_column("MB", justify="right")
-    shapes = list(manifest["latency_ms"])
     for shape in shapes:
         engines.add_column(shape, justify="right")
     for precision, model in manifest["models"].items():
@@ -224,6 +227,18 @@ def show_sites(
         layer = "" if row["layer"] is None else str(row["layer"])
         table.add_row(layer, row["class"], row["quantizer"], row["grid"])
     console.print(table)
+
+
+def show_findings(findings: Sequence[str], *, console: Console | None = None) -> None:
+    """What keeps TensorRT from fusing, a line each, or that nothing is known to."""
+    console = console or _wide_console()
+    if findings:
+        title = f"{len(findings)} places may keep TensorRT from fusing:"
+    else:
+        title = "Nothing in the graph is known to keep TensorRT from fusing."
+    console.print(title, markup=False)
+    for finding in findings:
+        console.print(finding, markup=False, soft_wrap=True)
 
 
 def _show_speed(entry: Mapping[str, Any], fp16: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
 from int8qa.build.feed import run_reader
@@ -43,6 +44,7 @@ def smooth_activations(
     inputs: Sequence[str],
     *,
     keep: float = 1.0,
+    leave_out: AbstractSet[TensorClass] = frozenset(),
     on_window: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Scale the input channels of quantized GEMMs, in place, where that helps.
@@ -58,6 +60,7 @@ def smooth_activations(
         inputs: names of the model's inputs, in order.
         keep: share of absolute values the calibrator will keep, 0-1; the search
             cuts its ranges off likewise.
+        leave_out: inputs that stay as they are.
         on_window: called after each window.
 
     Returns:
@@ -66,7 +69,7 @@ def smooth_activations(
     Raises:
         BuildError: no window was given.
     """
-    groups = smoothable_gemms(plan)
+    groups = smoothable_gemms(plan, leave_out)
     samples = _sample_inputs(
         reader, windows, inputs, [names[0] for names in groups], on_window
     )
@@ -137,7 +140,9 @@ def _kept_range(values: torch.Tensor, keep: float) -> torch.Tensor:
     return magnitudes.kthvalue(max(rank, 1)).values
 
 
-def smoothable_gemms(plan: Plan) -> list[list[str]]:
+def smoothable_gemms(
+    plan: Plan, leave_out: AbstractSet[TensorClass] = frozenset()
+) -> list[list[str]]:
     """Quantized GEMMs of ``plan``, grouped by the tensor they read.
 
     A tensor that a residual branch reads on the same grid is left out: smoothed for
@@ -149,6 +154,8 @@ def smoothable_gemms(plan: Plan) -> list[list[str]]:
     }
     groups: dict[int, list[str]] = {}
     for site in plan.activations:
+        if site.tensor_class in leave_out:
+            continue
         gemm, _, kind = site.name.rpartition(".")
         weighed = f"{gemm}.weight_quantizer" in plan.names
         if kind == "input_quantizer" and weighed and site.tensor not in residual:

@@ -54,8 +54,8 @@ class MeasuredAccuracy(Protocol):
 class Verdict:
     """What a build recommends, and why."""
 
-    recommended: str
-    """The precision to serve by default: int8, fp16 or fp32."""
+    recommended: str | None
+    """The precision to serve by default: int8, fp16 or fp32; None: not known."""
     text: str
     """One paragraph for people."""
     speedup_fp16: dict[str, float]
@@ -128,6 +128,46 @@ def write_verdict(
     ]
     text = " ".join(sentence for sentence in sentences if sentence)
     return Verdict(recommended, text, against_fp16, against_best)
+
+
+def write_unmeasured_verdict(
+    accuracies: Mapping[str, MeasuredAccuracy],
+    *,
+    recipe: str,
+    calibrator: str,
+    target: str,
+    device: str,
+    gate: float,
+) -> Verdict:
+    """What can be said of engines that were built and not run: nothing of speed.
+
+    Args:
+        accuracies: by precision, int8, fp16 and fp32, of the same graphs elsewhere.
+        recipe: what was quantized, as the text shall name it.
+        calibrator: how it was calibrated, likewise.
+        target: engine and machine that the engines are for, likewise.
+        device: where the accuracies were measured.
+        gate: least share of FP32's F1, 0-1; 0 where there is no gate.
+
+    Raises:
+        BuildError: a figure is missing or not finite.
+    """
+    _check_accuracies(accuracies)
+    int8 = accuracies[_INT8]
+    opening = (
+        f"INT8 ({recipe}, {calibrator}) and FP16 are built for {target} and were not "
+        f"run: no speed was measured here, so none is recommended. Accuracy is that of "
+        f"the same graphs on {' '.join(device.split())}, evidence for the graphs and "
+        f"not for the kernels."
+    )
+    sentences = [
+        opening,
+        _describe_cost(accuracies).replace("It ", "INT8 ", 1),
+        _describe_caution(int8, gate),
+        "Measure where it will run: `int8qa evaluate`, or precision `both`.",
+    ]
+    text = " ".join(sentence for sentence in sentences if sentence)
+    return Verdict(None, text, {}, {})
 
 
 # Figures.

@@ -92,6 +92,19 @@ _NO_GPU = (
 )
 
 
+def check_builder(options: PlanOptions) -> None:
+    """Refuse at once what would be refused after minutes of calibration.
+
+    Raises:
+        MissingDependencyError: no library, or no GPU for one that needs it.
+        BuildError: the library cannot build as asked.
+    """
+    options.check()
+    library = import_library(options.flavour)
+    _make_builder(library, _shared_logger(options.flavour))
+    _find_capabilities(library, options)
+
+
 def build_plan(
     model: onnx.ModelProto,
     directory: Path,
@@ -236,24 +249,32 @@ def _add_profiles(
 
 
 def _set_targets(library: Any, config: Any, options: PlanOptions) -> None:
-    names = [capability.upper() for capability in options.compute_capabilities]
-    if names:
-        config.num_compute_capabilities = len(names)
-        known = library.ComputeCapability.__members__
-        for index, name in enumerate(names):
-            if name not in known:
-                choices = sorted(n.lower() for n in known if n.startswith("SM"))
-                raise BuildError(
-                    f"TensorRT-RTX {library.__version__} cannot build for "
-                    f"{name.lower()}; it can for {', '.join(choices)}"
-                )
-            config.set_compute_capability(known[name], index)
+    capabilities = _find_capabilities(library, options)
+    if capabilities:
+        config.num_compute_capabilities = len(capabilities)
+        for index, capability in enumerate(capabilities):
+            config.set_compute_capability(capability, index)
     if options.version_compatible:
         config.set_flag(library.BuilderFlag.VERSION_COMPATIBLE)
     if options.hardware_compatible:
         config.hardware_compatibility_level = (
             library.HardwareCompatibilityLevel.AMPERE_PLUS
         )
+
+
+def _find_capabilities(library: Any, options: PlanOptions) -> list[Any]:
+    """The library's own names of what is to be built for."""
+    found = []
+    for capability in options.compute_capabilities:
+        known = library.ComputeCapability.__members__
+        if capability.upper() not in known:
+            choices = [name.lower() for name in known if name.startswith("SM")]
+            raise BuildError(
+                f"TensorRT-RTX {library.__version__} cannot build for {capability}; "
+                f"it can for {', '.join(choices)}"
+            )
+        found.append(known[capability.upper()])
+    return found
 
 
 def _for_capabilities(options: PlanOptions) -> str:

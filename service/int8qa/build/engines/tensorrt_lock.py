@@ -11,16 +11,21 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from int8qa.build.engines.tensorrt import import_library
-from int8qa.build.engines.tensorrt_options import Flavour
-from int8qa.errors import ContractError, MissingDependencyError
+from int8qa.build.engines.tensorrt_options import Flavour, PlanOptions
+from int8qa.build.repository import read_manifest
+from int8qa.errors import ContractError, MissingDependencyError, RepositoryError
 
+MANIFEST_KEY = "tensorrt"
+"""Of the manifest's part about plans; its ``lock`` is an :class:`EngineLock`."""
 NGC_RELEASE = "26.10"
-"""NGC release of every image: the newest whose Triton matches a published tritonclient.
-One value for builder and server, because images of one month have shipped different
-TensorRT builds all the same: the lock, not the month, decides."""
+"""NGC release of every image, by NVIDIA's numbering the month of tritonclient 2.74. That
+the image exists and what TensorRT it has could not be tried here. One value for builder
+and server; images of one month have shipped different TensorRT builds all the same: the
+lock, not the month, decides."""
 _TENSORRT_VARIABLE = "TRT_VERSION"
 _CUDA_VARIABLE = "CUDA_VERSION"
 _TRITON_VARIABLE = "NVIDIA_TRITON_SERVER_VERSION"
@@ -56,6 +61,7 @@ class EngineLock:
         """
         try:
             values = dict(entry)
+            Flavour(values["library"])
             values["compute_capabilities"] = tuple(values["compute_capabilities"])
             return cls(**values)
         except (KeyError, TypeError, ValueError) as error:
@@ -103,6 +109,16 @@ def read_lock(
     )
 
 
+def read_builder_lock(options: PlanOptions) -> EngineLock:
+    """What plans built with ``options`` here are locked to."""
+    return read_lock(
+        options.flavour,
+        compute_capabilities=options.compute_capabilities,
+        version_compatible=options.version_compatible,
+        hardware_compatible=options.hardware_compatible,
+    )
+
+
 def _ask_driver() -> tuple[str | None, str | None, list[tuple[str, str]]]:
     """Driver, the CUDA it supports, and name and capability of each GPU."""
     try:
@@ -128,6 +144,47 @@ def _ask_driver() -> tuple[str | None, str | None, list[tuple[str, str]]]:
 
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
+
+
+def check_repository(repository: Path) -> EngineLock | None:
+    """Hold the plans of a repository to this machine, before Triton loads them.
+
+    Returns:
+        The lock of its plans; None of a repository without plans.
+
+    Raises:
+        ContractError: the plans cannot load here; names both versions.
+        MissingDependencyError: the library or the GPU they need is not here.
+    """
+    try:
+        entry = read_manifest(repository).get(MANIFEST_KEY)
+    except RepositoryError:
+        return None  # whether anything can be served is for the contract to say
+    if entry is None:
+        return None
+    lock = entry.get("lock") if isinstance(entry, dict) else None
+    built = EngineLock.from_manifest(lock or {})
+    unknown = check_lock(built, read_lock(Flavour(built.library)))
+    if unknown:
+        raise MissingDependencyError(
+            f"{repository} holds plans of {built.library} {built.version} for "
+            f"{', '.join(built.compute_capabilities)}, and this machine's "
+            f"{' and '.join(unknown)} cannot be found: {_describe_cure(built)}, or "
+            f"serve here with `int8qa build --target openvino`"
+        )
+    return built
+
+
+def _describe_cure(built: EngineLock) -> str:
+    if built.library == Flavour.RTX:
+        return (
+            f"pip install tensorrt-rtx=={built.version} nvidia-ml-py cuda-python, on a "
+            f"machine with such a GPU"
+        )
+    return (
+        f"start the image that built them ({_describe_image(built)}) with --gpus all "
+        f"and the package nvidia-ml-py in it"
+    )
 
 
 def check_lock(built: EngineLock, here: EngineLock) -> list[str]:

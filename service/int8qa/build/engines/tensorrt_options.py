@@ -22,6 +22,9 @@ BAND_FLOOR_TOKENS = 64
 """Windows shorter than this share one profile: they take next to no time."""
 TUNED_BATCH = 8
 """Batch size kernels are chosen at. It fills a GPU (docs/decisions/0013)."""
+RTX_CAPABILITIES = ("sm75", "sm80", "sm86", "sm89", "sm120")
+"""What an RTX plan is for unless told otherwise: T4, A100, A10, L4, RTX 50. All five
+take 0.2 MB and no time more than one (docs/tensorrt.md)."""
 _CAPABILITY = re.compile(r"sm[1-9][0-9]{1,2}")
 
 
