@@ -13,6 +13,16 @@ export class Problem extends Error {
   }
 }
 
+/** The window's event when the service asks for an API key, or for another one. */
+export const KEY_WANTED = "keywanted";
+
+let apiKey = "";
+
+/** Send an API key from now on. It is never stored: a reload forgets it. */
+export function useKey(key) {
+  apiKey = key;
+}
+
 const UNREACHABLE = {
   title: "The gateway cannot be reached",
   detail: "No answer came from this page’s address. Check that the service runs and the network is up.",
@@ -50,11 +60,15 @@ export function postAnswer(body, signal) {
 
 async function send(path, options) {
   let response;
+  const headers = apiKey === "" ? options.headers : { ...options.headers, Authorization: `Bearer ${apiKey}` };
   try {
     // Relative, so that the page also works behind a path prefix.
-    response = await fetch(path, { cache: "no-cache", ...options });
+    response = await fetch(path, { cache: "no-cache", ...options, headers });
   } catch (error) {
     throw translate(error);
+  }
+  if (response.status === 401 || response.status === 403) {
+    window.dispatchEvent(new Event(KEY_WANTED));
   }
   if (!response.ok) {
     throw await readProblem(response);

@@ -3,6 +3,7 @@
 import { AskForm } from "./ask.js";
 import { find } from "./dom.js";
 import { fetchJson } from "./gateway.js";
+import { KeyForm } from "./key.js";
 import { LiveReport, Poll } from "./live.js";
 import { ModelCard } from "./models.js";
 import { showProblem } from "./problem.js";
@@ -32,8 +33,12 @@ async function start() {
     onError: () => card.fail(),
   });
   new Traffic(library, () => livePoll.refresh());
-  livePoll.refresh();
-  cardPoll.refresh();
+  const refresh = () => {
+    livePoll.refresh();
+    cardPoll.refresh();
+  };
+  new KeyForm(refresh);
+  refresh();
 }
 
 start();
