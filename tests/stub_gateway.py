@@ -103,8 +103,12 @@ def run_gateway(answer: Callable[[dict[str, Any]], Reply]) -> Iterator[StubGatew
         def log_message(self, *arguments: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        # Of five, its default, the sixth client that connects at once waits seconds.
+        request_queue_size = 128
+
+    server = Server(("127.0.0.1", 0), Handler)
     gateway = StubGateway(f"http://127.0.0.1:{server.server_address[1]}")
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()

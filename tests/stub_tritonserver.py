@@ -56,6 +56,9 @@ class Models(service_pb2_grpc.GRPCInferenceServiceServicer):
             outputs=describe(session.get_outputs(), "FP32"),
         )
 
+    async def ModelConfig(self, request, context):  # noqa: N802 - gRPC's name
+        return service_pb2.ModelConfigResponse()
+
     async def ModelInfer(self, request, context):  # noqa: N802 - gRPC's name
         feed = {
             tensor.name: np.frombuffer(raw, np.int32).reshape(tensor.shape)

@@ -2,8 +2,9 @@
 
 In: what to build and where `tritonserver` is. Out: one JSON file to attach to an issue:
 versions, plans, answers held to PyTorch's in float32, times of INT8 and FP16 taking
-turns, and Triton's complaints. What ``int8qa gpu-check`` runs. A step that fails ends
-it, and the report says which and why. Texts of questions are not in it.
+turns, MLPerf's scenarios through a gateway, and Triton's complaints; LoadGen's own
+files lie beside it. What ``int8qa gpu-check`` runs. A step that fails ends it, and the
+report says which and why. Texts of questions are not in it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from int8qa import __version__
+from int8qa.bench.gateway_process import run_gateway
+from int8qa.bench.scenarios import LoadOptions, Rules, bench_gateway, check_loadgen
 from int8qa.contract import TOKENIZER_FILENAME, Contract, Precision
 from int8qa.embedded.launch import pick_free_port
 from int8qa.errors import (
@@ -62,6 +65,8 @@ class GpuCheck:
     repeats: int = 30
     """Timed turns of each engine at each shape."""
     ready_timeout_s: float = READY_TIMEOUT_S
+    rules: Rules = field(default_factory=Rules)
+    """Of the load tests."""
 
 
 def find_server() -> Path:
@@ -88,7 +93,9 @@ def check_gpu(check: GpuCheck, say: Say = lambda _: None) -> dict[str, Any]:
 
     Raises:
         Int8qaError: a step failed; the report has its message.
+        MissingDependencyError: LoadGen is not installed; nothing was begun.
     """
+    check_loadgen()  # before a build of minutes
     report: dict[str, Any] = {
         "int8qa": __version__,
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -121,7 +128,7 @@ def _run_steps(check: GpuCheck, report: dict[str, Any], say: Say) -> None:
     contract = outcome.contract
     report["step"] = "start Triton"
     say("start Triton")
-    with _serve(check, contract, report) as infers:
+    with _serve(check, contract, report) as (infers, triton_url):
         report["step"] = "hold answers to float32"
         say("hold answers to float32")
         accuracies = _compare(options, infers)
@@ -137,6 +144,10 @@ def _run_steps(check: GpuCheck, report: dict[str, Any], say: Say) -> None:
             | {"int8_over_fp16": round(row["fp16"].p50_ms / row["int8"].p50_ms, 3)}
             for shape, row in latencies.items()
         }
+        report["step"] = "load a gateway"
+        say("load a gateway")
+        report["load"] = _load_gateway(check, triton_url, say)
+        report["remarks"] += report["load"]["problems"]
     report["step"] = "gate"
     report["remarks"] += check_gate(accuracies["int8"], gate=options.gate)
     report["step"] = "done"
@@ -173,6 +184,24 @@ def _compare(options: BuildOptions, infers: Mapping[str, Infer]) -> dict[str, Ac
     }
 
 
+def _load_gateway(check: GpuCheck, triton_url: str, say: Say) -> dict[str, Any]:
+    """MLPerf's scenarios, through a gateway in front of the Triton that runs."""
+    repository = check.options.model_repository
+    with run_gateway(
+        triton_url, repository, ready_timeout_s=check.ready_timeout_s
+    ) as url:
+        return bench_gateway(
+            LoadOptions(
+                url=url,
+                output=check.report.with_suffix(""),
+                data=check.options.sources.evaluation,
+                precisions=PRECISIONS,
+                rules=check.rules,
+            ),
+            say,
+        )
+
+
 def _check_half(fp16: Accuracy) -> None:
     """Refuse an FP16 engine that is not the model: then INT8 is not to blame."""
     from int8qa.build.parity import HALF
@@ -188,8 +217,8 @@ def _check_half(fp16: Accuracy) -> None:
 @contextlib.contextmanager
 def _serve(
     check: GpuCheck, contract: Contract, report: dict[str, Any]
-) -> Iterator[dict[str, Infer]]:
-    """A Triton of our own for as long as the block runs, and ways to ask it."""
+) -> Iterator[tuple[dict[str, Infer], str]]:
+    """A Triton of our own while the block runs: ways to ask it, and its address."""
     grpc_port = pick_free_port()
     http_port = pick_free_port([grpc_port])
     metrics_port = pick_free_port([grpc_port, http_port])
@@ -207,16 +236,18 @@ def _serve(
         f"--metrics-port={metrics_port}",
     ]
     loop = asyncio.new_event_loop()
-    engine = TritonEngine(f"127.0.0.1:{grpc_port}", contract)
+    url = f"127.0.0.1:{grpc_port}"
+    engine = TritonEngine(url, contract)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             loop.run_until_complete(engine.connect())
             loop.run_until_complete(_wait_ready(engine, process, check.ready_timeout_s))
-            yield {
+            infers = {
                 str(precision): _make_infer(loop, engine, contract, precision)
                 for precision in PRECISIONS
             }
+            yield infers, url
         finally:
             loop.run_until_complete(engine.close())
             loop.close()

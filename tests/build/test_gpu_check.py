@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from int8qa import gpu_check
+from int8qa.bench.scenarios import Rules
 from int8qa.build.engines.tensorrt_options import PlanOptions
 from int8qa.build.options import BuildOptions
 from int8qa.build.quantization import RECIPES
@@ -17,6 +18,7 @@ from int8qa.build.subject import QuestionSources
 from int8qa.errors import (
     AccuracyGateError,
     EmbeddedTritonError,
+    GatewayRequestError,
     MissingDependencyError,
     ParityError,
 )
@@ -40,7 +42,10 @@ def check(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> GpuCheck:
-    """Of the tiny BERT, in full INT8, once at each shape."""
+    """Of the tiny BERT, in full INT8, once at each shape, under any load."""
+    pytest.importorskip(
+        "mlperf_loadgen", reason="needs MLPerf LoadGen: pip install -e '.[bench]'"
+    )
     install_builder(monkeypatch)
     monkeypatch.setattr(gpu_check, "GRID_BATCHES", (1, 2, 5))
     return GpuCheck(
@@ -58,6 +63,7 @@ def check(
         report=tmp_path / "report.json",
         repeats=1,
         ready_timeout_s=60.0,
+        rules=Rules(min_seconds=0.3, min_queries=80, bound_ms=5000.0, percentile=0.5),
     )
 
 
@@ -73,7 +79,8 @@ def test_rehearsal(check: GpuCheck, question_files: tuple[Path, Path]) -> None:
     report = check_gpu(check, said.append)
     assert read_report(check) == json.loads(json.dumps(report))
     assert (report["passed"], report["step"], report["error"]) == (True, "done", None)
-    assert said == ["start Triton", "hold answers to float32", "time the engines"]
+    steps = ["start Triton", "hold answers to float32", "time the engines"]
+    assert said[:4] == [*steps, "load a gateway"]
     assert report["tensorrt"]["lock"]["version"] == "10.13.3.9"
     fp16 = report["accuracy"]["fp16"]
     assert fp16["questions"] == 2
@@ -91,6 +98,21 @@ def test_rehearsal(check: GpuCheck, question_files: tuple[Path, Path]) -> None:
         assert row["int8_over_fp16"] == pytest.approx(
             row["fp16"]["p50_ms"] / row["int8"]["p50_ms"], rel=0.01
         )
+    load = report["load"]
+    assert [row["precision"] for row in load["headline"]] == ["int8", "fp16"]
+    for run in load["runs"]:
+        assert run["failures"] == {}
+        assert run["gateway"]["stages_ms"]["inference"] > 0
+        assert run["gateway"]["requests"] == run["queries"]
+        assert run["time_ms"].keys() >= {"queue", "inference", "edge", "wire"}
+        files = check.report.with_suffix("") / run["files"]
+        assert (files / "mlperf_log_summary.txt").is_file()
+    assert {run["scenario"] for run in load["runs"]} == {
+        "SingleStream",
+        "Offline",
+        "Server",
+    }
+    assert load["gateway"]["build_id"]
     assert len(report["triton"]) == 2
     assert "successfully loaded 'qa_fp16'" in report["triton"][0]
     # Nobody's text leaves the machine.
@@ -100,6 +122,27 @@ def test_rehearsal(check: GpuCheck, question_files: tuple[Path, Path]) -> None:
         assert paragraph["context"] not in text
         for entry in paragraph["qas"]:
             assert entry["question"] not in text
+
+
+def test_without_loadgen(check: GpuCheck, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before anything is built."""
+    monkeypatch.setitem(sys.modules, "mlperf_loadgen", None)
+    with pytest.raises(MissingDependencyError, match="MLPerf LoadGen"):
+        check_gpu(check)
+    assert not check.options.model_repository.exists()
+    assert not check.report.exists()
+
+
+def test_gateway_that_cannot_start(
+    check: GpuCheck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report has the step and the gateway's last words."""
+    monkeypatch.setenv("INT8QA_NO_SUCH_SETTING", "1")
+    with pytest.raises(GatewayRequestError, match=r"ended with status 78: .*NO_SUCH"):
+        check_gpu(check)
+    report = read_report(check)
+    assert (report["passed"], report["step"]) == (False, "load a gateway")
+    assert report["latency"]
 
 
 def test_triton_that_cannot_load_a_plan(
@@ -148,6 +191,7 @@ def test_wrong_answers(check: GpuCheck, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ParityError, match=r"FP16 gives 89\.0 %"):
         check_gpu(check)
     assert read_report(check)["step"] == "hold answers to float32"
+    monkeypatch.setattr(gpu_check, "_load_gateway", lambda *_: {"problems": ["few"]})
     spoil("int8", f1=1.0, f1_ratio=0.5, f1_ratio_margin=0.0)
     gated = dataclasses.replace(check.options, gate=0.9)
     monkeypatch.setattr("int8qa.build.pipeline.check_gate", lambda *_, **__: [])
@@ -156,6 +200,7 @@ def test_wrong_answers(check: GpuCheck, monkeypatch: pytest.MonkeyPatch) -> None
     report = read_report(check)
     assert report["step"] == "gate"
     assert report["latency"]
+    assert "few" in report["remarks"]
 
 
 def test_server_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,35 +8,32 @@ figures in what plotly reads.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from int8qa.build.comparison.frame import (
+    bundle,
+    drop_nonfinite,
+    list_grids,
+    render_frame,
+)
 from int8qa.build.comparison.histograms import (
     find_telling,
     plot_amax,
     plot_histograms,
 )
 from int8qa.build.comparison.pareto import name_variant, plot_pareto, shape_speed
-from int8qa.build.comparison.parts import Choice, Json, format_percent
+from int8qa.build.comparison.parts import Json, format_percent
 from int8qa.build.comparison.sensitivity import plot_sensitivity
 from int8qa.build.comparison.table import (
     find_best,
-    format_ms,
     format_speed,
     list_columns,
     list_floats,
     make_row,
     show_shape,
 )
-
-_FULL_TONE = 0.8
-"""Natural logarithm of the speed that gets the strongest colour: 2.2 times."""
-_STRONGEST = 55
-"""Percent of colour in that cell; beyond it the text would lose its contrast."""
 
 
 def render_page(result: Mapping[str, Any]) -> str:
@@ -46,10 +43,6 @@ def render_page(result: Mapping[str, Any]) -> str:
         result: as ``int8qa calibrate-compare`` writes it; NaN and infinity count as
             not measured.
     """
-    import jinja2
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
-
     clean = drop_nonfinite(result)
     shapes = list(clean["floats"]["fp32"]["latency_ms"])
     histograms = plot_histograms(clean)
@@ -57,27 +50,21 @@ def render_page(result: Mapping[str, Any]) -> str:
     amax = plot_amax(clean)
     classes = [choice.label for choice in amax]
     figures = {
-        "pareto": _bundle(plot_pareto(clean)),
-        "histogram": _bundle(histograms, telling),
-        "amax": _bundle(
+        "pareto": bundle(plot_pareto(clean)),
+        "histogram": bundle(histograms, telling),
+        "amax": bundle(
             amax,
             classes.index(clean["histograms"][telling]["tensor_class"])
             if classes and clean["histograms"][telling]["tensor_class"] in classes
             else 0,
         ),
-        "sensitivity": _bundle(plot_sensitivity(clean)),
+        "sensitivity": bundle(plot_sensitivity(clean)),
     }
-    environment = jinja2.Environment(
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    # Jinja2 would sort the keys, and with them the variants' columns.
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    template = resources.files("int8qa.build.comparison").joinpath("page.html")
-    return environment.from_string(template.read_text("utf-8")).render(
+    return render_frame(
+        Path(__file__).with_name("page.html"),
         result=clean,
+        filename="int8qa-comparison.json",
+        verdict=clean["verdict"],
         provenance=clean["provenance"],
         facts=_list_facts(clean["provenance"]),
         tiles=_list_tiles(clean, shapes),
@@ -85,37 +72,14 @@ def render_page(result: Mapping[str, Any]) -> str:
         floats=list_floats(clean, shapes),
         variants=[make_row(v, clean, shapes) for v in clean["variants"]],
         figures=figures,
-        grids=_list_grids(clean["grid"]),
+        grids=list_grids(clean["grid"]),
         contents=_list_contents(clean),
-        plotly_js=Markup(get_plotlyjs()),  # noqa: S704 - the library's own script
     )
 
 
 def write_page(result: Mapping[str, Any], path: Path) -> None:
     """Render and write the page, UTF-8."""
     path.write_text(render_page(result), encoding="utf-8")
-
-
-def drop_nonfinite(value: Any) -> Any:
-    """A copy with None for NaN and infinity, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {str(key): drop_nonfinite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [drop_nonfinite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _bundle(choices: list[Choice], chosen: int = 0) -> dict[str, Any]:
-    groups: dict[str, list[int]] = {}
-    for i, choice in enumerate(choices):
-        groups.setdefault(choice.group, []).append(i)
-    return {
-        "choices": [asdict(choice) for choice in choices],
-        "chosen": chosen,
-        "groups": groups,
-    }
 
 
 def _list_facts(provenance: Json) -> list[tuple[str, str]]:
@@ -183,44 +147,6 @@ def _list_tiles(result: Json, shapes: list[str]) -> list[dict[str, Any]]:
             f"{result['floats']['fp32']['size_bytes'] / 1e6:.0f} MB",
         },
     ]
-
-
-def _list_grids(grid: Json | None) -> list[dict[str, Any]]:
-    """A heat map per float: INT8's speed against it, by batch and length."""
-    if not grid or not grid["ms"].get("int8"):
-        return []
-    int8 = grid["ms"]["int8"]
-    return [
-        {
-            "rival": rival.upper(),
-            "rows": [
-                {
-                    "batch": batch,
-                    "cells": [
-                        _make_heat(ours, theirs)
-                        for ours, theirs in zip(int8[i], rivals[i], strict=True)
-                    ],
-                }
-                for i, batch in enumerate(grid["batches"])
-            ],
-        }
-        for rival in ("fp16", "fp32")
-        if (rivals := grid["ms"].get(rival))
-    ]
-
-
-def _make_heat(ours: float | None, theirs: float | None) -> dict[str, Any] | None:
-    if not ours or not theirs:
-        return None
-    speed = theirs / ours
-    strength = min(abs(math.log(speed)) / _FULL_TONE, 1.0) * _STRONGEST
-    return {
-        "speed": f"{speed:.2f}×",
-        "ours": format_ms(ours),
-        "theirs": format_ms(theirs),
-        "tone": "faster" if speed >= 1 else "slower",
-        "strength": f"{strength:.0f}%",
-    }
 
 
 def _list_contents(result: Json) -> list[tuple[str, str]]:

@@ -1,0 +1,211 @@
+"""The commands ``bench gateway`` and ``bench engine``.
+
+In: arguments. Out: a table or JSON on standard output, progress on standard error, and
+a directory with the report. Heavy imports wait until a command runs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from int8qa.bench.load import Scenario
+from int8qa.build.commands import JsonOption, RepositoryOption
+from int8qa.contract import Precision
+from int8qa.errors import GatewayRequestError
+from int8qa.settings import load_settings
+
+OutputOption = Annotated[
+    Path, typer.Option(help="Directory of the report: JSON, page, LoadGen's files.")
+]
+PrecisionOption = Annotated[
+    list[Precision] | None,
+    typer.Option(
+        help="Repeat for several.  [default: all that there are]", show_default=False
+    ),
+]
+
+
+def add_bench_commands(app: typer.Typer) -> None:
+    """Register ``bench`` with ``app``."""
+    bench = typer.Typer(
+        help="Measure a running gateway, or the engines alone; one report each.",
+        no_args_is_help=True,
+        rich_markup_mode=None,
+    )
+    bench.command("gateway")(bench_gateway)
+    bench.command("engine")(bench_engine)
+    app.add_typer(bench, name="bench")
+
+
+def bench_gateway(
+    scenario: Annotated[
+        list[Scenario] | None,
+        typer.Option(
+            help="Repeat for several; Server runs Offline first.  [default: all]",
+            show_default=False,
+        ),
+    ] = None,
+    precision: PrecisionOption = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="SQuAD-format questions to ask.  [default: our own]",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only the first N questions.")
+    ] = None,
+    bound_ms: Annotated[
+        float, typer.Option(min=0.1, help="Server's bound on the 99th percentile.")
+    ] = 130.0,
+    concurrency: Annotated[
+        int, typer.Option(min=1, max=512, help="Offline's requests under way at once.")
+    ] = 32,
+    min_seconds: Annotated[
+        float, typer.Option(min=0.5, help="Shortest test; MLPerf's own rule is 600.")
+    ] = 60.0,
+    min_queries: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Fewest questions of a test; of fewer than 662 LoadGen cannot be "
+            "sure of a 99th percentile.",
+        ),
+    ] = 664,
+    output: OutputOption = Path("int8qa-bench"),
+    url: Annotated[
+        str | None,
+        typer.Option(
+            "--url",
+            help="Base URL of a running gateway.  [default: http://127.0.0.1:8080, or "
+            "the port of INT8QA_PORT]",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Load a running gateway with MLPerf LoadGen: SingleStream, Offline, Server.
+
+    Server searches the highest rate of Poisson arrivals that keeps to the bound. A
+    test in which a request failed is invalid, and so the command ends with an error.
+    """
+    from int8qa.bench.report import check_output, tabulate_headline, write_verdict
+    from int8qa.bench.scenarios import LoadOptions, Rules, check_loadgen
+    from int8qa.bench.scenarios import bench_gateway as run_bench
+
+    check_loadgen()
+    check_output(output)
+    given: dict[str, Any] = {} if data is None else {"data": data}
+    if scenario:
+        given["scenarios"] = tuple(scenario)
+    options = LoadOptions(
+        url=url or f"http://127.0.0.1:{load_settings().port}",
+        output=output,
+        limit=limit,
+        precisions=tuple(precision or ()),
+        concurrency=concurrency,
+        rules=Rules(
+            min_seconds=min_seconds, min_queries=min_queries, bound_ms=bound_ms
+        ),
+        **given,
+    )
+    try:
+        result = run_bench(options, _say)
+    except KeyboardInterrupt:
+        _say(
+            f"int8qa: stopped; no report was written, LoadGen's files of the finished "
+            f"tests are in {output}"
+        )
+        raise
+    _show(result, tabulate_headline(result), write_verdict(result), output, as_json)
+    if result["problems"]:
+        raise GatewayRequestError(
+            "the report is written, but not all of it counts: "
+            + "; ".join(result["problems"])
+        )
+
+
+def bench_engine(
+    precision: PrecisionOption = None,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Padded tokens; repeat for several.  [default: every length served]",
+            show_default=False,
+        ),
+    ] = None,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Timed turns of each engine at each shape.")
+    ] = 7,
+    model_repository: RepositoryOption = None,
+    output: OutputOption = Path("int8qa-bench"),
+    as_json: JsonOption = False,
+) -> None:
+    """Time the engines alone over batch × length, taking turns; no Triton, no HTTP."""
+    from int8qa.bench.engine_grid import bench_engines
+    from int8qa.bench.report import (
+        check_output,
+        tabulate_times,
+        write_engine_verdict,
+    )
+
+    check_output(output)
+    done = 0
+
+    def tell(shape: str, count: int) -> None:
+        nonlocal done
+        done += 1
+        _say(f"[{done}/{count}] {shape}")
+
+    result = bench_engines(
+        model_repository or load_settings().model_repository,
+        precisions=tuple(precision or ()),
+        lengths=tuple(length or ()),
+        repeats=repeats,
+        on_shape=tell,
+    )
+    verdict = write_engine_verdict(result)
+    _show(result, tabulate_times(result), verdict, output, as_json)
+
+
+def _show(
+    result: dict[str, Any],
+    table: dict[str, Any],
+    verdict: str,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Write the report; print the result, and what it was measured with."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from int8qa.bench.provenance import list_facts
+    from int8qa.bench.report import write_report
+
+    data, page = write_report(result, output)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+    else:
+        shown = Table()
+        for i, heading in enumerate(table["head"]):
+            shown.add_column(heading, justify="right" if i else "left")
+        for row in table["rows"]:
+            shown.add_row(*row)
+        Console(width=None if sys.stdout.isatty() else 100).print(shown)
+        typer.echo(verdict)
+        for name, text in list_facts(result["provenance"]):
+            typer.echo(f"{name}: {text}")
+    for remark in result["remarks"]:
+        _say(f"remark: {remark}")
+    _say(f"report: {data}, {page}")
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
