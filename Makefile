@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test check gpu-check bench golden lock settings boards compose-test clean
+.PHONY: help install up test check gpu-check bench golden lock settings boards compose-test soak sbom clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -25,6 +25,14 @@ check: install ## formatting, lint, types, import rules, generated docs
 	@$(BIN)/lint-imports
 	@$(BIN)/python scripts/generate_settings_table.py --check
 	@$(BIN)/python scripts/generate_boards.py --check
+	@$(BIN)/python scripts/list_licenses.py --check
+	@$(BIN)/python scripts/supply_chain.py audit
+
+soak: install ## 20 minutes of mixed traffic on a running gateway (PID=… of it), with a plot
+	@$(BIN)/python -m int8qa.bench.soak --pid $(PID)
+
+sbom: install ## CycloneDX bills of materials of the images, into dist/
+	@$(BIN)/python scripts/supply_chain.py sbom
 
 compose-test: ## build and run the whole stack of docker-compose.yml (needs a Docker engine)
 	@scripts/compose-test
@@ -32,8 +40,8 @@ compose-test: ## build and run the whole stack of docker-compose.yml (needs a Do
 gpu-check: install ## build, serve and measure on this NVIDIA GPU; one report file
 	@$(BIN)/int8qa gpu-check
 
-bench: install ## engine latency by precision on this machine, and the build's report
-	@$(BIN)/int8qa build --force --model-repository $(or $(TMPDIR),/tmp)/int8qa-bench
+bench: install ## the engines over batch and length, on this machine; the service: int8qa bench gateway
+	@$(BIN)/int8qa bench engine
 
 golden: install ## remake the reader's golden answers, with transformers 5.2 in an environment of its own
 	@test -x .venv-golden/bin/python || $(BIN)/python -m venv .venv-golden

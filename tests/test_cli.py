@@ -33,6 +33,9 @@ COMMANDS = (
         "evaluate",
         "check",
         "gpu-check",
+        "train",
+        "keys",
+        "bench",
     ),
 )
 SQUAD = {

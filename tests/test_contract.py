@@ -135,8 +135,23 @@ def test_no_bucket(contract: Contract) -> None:
 def test_same_tensors(contract: Contract) -> None:
     """Order is free."""
     check_model_tensors(
-        contract, Precision.INT8, inputs=reversed(INPUTS), outputs=reversed(OUTPUTS)
+        contract,
+        Precision.INT8,
+        inputs=reversed(INPUTS),
+        outputs=reversed(OUTPUTS),
+        build_id="",
     )
+
+
+@pytest.mark.parametrize(("generation", "told"), [(0, "b"), (2, ""), (2, "another")])
+def test_other_build(contract: Contract, generation: int, told: str) -> None:
+    """Names and types may agree: a model that says it is of another build is refused."""
+    ours = contract.model_copy(update={"generation": generation})
+    tensors = {"inputs": INPUTS, "outputs": OUTPUTS}
+    own = ours.build_id if generation else ""
+    check_model_tensors(ours, Precision.INT8, **tensors, build_id=own)
+    with pytest.raises(ContractError, match=f"of build {told or 'unknown'}, the"):
+        check_model_tensors(ours, Precision.INT8, **tensors, build_id=told)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +169,9 @@ def test_other_tensors(
 ) -> None:
     """A missing, unknown or otherwise typed tensor: both sides are shown."""
     with pytest.raises(ContractError, match=f"serves qa_fp16 with {kind}") as caught:
-        check_model_tensors(contract, Precision.FP16, inputs=inputs, outputs=outputs)
+        check_model_tensors(
+            contract, Precision.FP16, inputs=inputs, outputs=outputs, build_id=""
+        )
     assert "the contract says" in str(caught.value)
 
 

@@ -88,13 +88,12 @@ def list_triton() -> list[Placed]:
                 f"{model_name}: mean time in Triton",
                 f"Where a request to {model_name} spends its time inside Triton, on "
                 "average; Triton tells no percentiles. Its queue should be near zero: "
-                "waiting is the gateway's business.",
+                "waiting is the gateway's business. Builds after the first are called "
+                f"{model_name}_2 and so on.",
                 [
                     Query(
-                        f"sum(rate(nv_inference_{part}_duration_us"
-                        f'{{model="{model_name}"}}[$__rate_interval])) / 1e6 '
-                        "/ sum(rate(nv_inference_request_success"
-                        f'{{model="{model_name}"}}[$__rate_interval]))',
+                        f"sum(rate(nv_inference_{part}_duration_us{builds})) / 1e6 "
+                        f"/ sum(rate(nv_inference_request_success{builds}))",
                         legend,
                     )
                     for part, legend in parts
@@ -104,6 +103,7 @@ def list_triton() -> list[Placed]:
                 stacked=True,
             )
             for model_name in ("qa_int8", "qa_fp16")
+            for builds in (f'{{model=~"{model_name}(_[0-9]+)?"}}[$__rate_interval]',)
         ],
         draw_lines(
             "Executions and windows",

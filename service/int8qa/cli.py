@@ -28,6 +28,7 @@ from rich.progress import (
 from rich.table import Table
 
 from int8qa import __version__, errors
+from int8qa.bench.commands import add_bench_commands
 from int8qa.build.commands import (
     CheckpointOption,
     GateOption,
@@ -37,7 +38,9 @@ from int8qa.build.commands import (
 )
 from int8qa.build.gpu_commands import add_gpu_commands, check_embedded
 from int8qa.contract import CONTRACT_FILENAME, Precision
+from int8qa.key_commands import add_key_commands
 from int8qa.settings import Settings, load_settings
+from int8qa.training.commands import add_training_commands
 
 EXIT_CODES: dict[type[errors.Int8qaError], int] = {
     errors.Int8qaError: 70,  # EX_SOFTWARE
@@ -110,6 +113,9 @@ def _root(
 
 add_commands(app)
 add_gpu_commands(app)
+add_training_commands(app)
+add_key_commands(app)
+add_bench_commands(app)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -22,11 +23,19 @@ MAX_ATTEMPTS = 30
 
 
 class GatewayClient:
-    """An HTTP client of one gateway; use it as an async context manager."""
+    """An HTTP client of one gateway; use it as an async context manager.
+
+    Where that asks for an API key, it is taken from ``INT8QA_API_KEY``.
+    """
 
     def __init__(self, url: str, *, timeout_s: float = 120.0) -> None:
         self._url = url.rstrip("/")
-        self._client = httpx.AsyncClient(timeout=timeout_s, trust_env=False)
+        key = os.environ.get("INT8QA_API_KEY", "").strip()
+        self._client = httpx.AsyncClient(
+            timeout=timeout_s,
+            trust_env=False,
+            headers={"Authorization": f"Bearer {key}"} if key else None,
+        )
 
     async def __aenter__(self) -> GatewayClient:  # noqa: PYI034 - Self is 3.11+
         return self

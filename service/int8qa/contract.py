@@ -27,6 +27,8 @@ from int8qa.errors import ContractError
 
 CONTRACT_FILENAME = "contract.json"
 MANIFEST_FILENAME = "manifest.json"
+BUILD_ID_PARAMETER = "build_id"
+"""In each model's configuration: what Triton tells of the build it has loaded."""
 TOKENIZER_FILENAME = "tokenizer.json"
 
 INPUT_IDS = "input_ids"
@@ -53,7 +55,7 @@ class Precision(str, Enum):
 
     @property
     def model_name(self) -> str:
-        """The Triton model that serves this precision."""
+        """What clients call the model; see ``Contract.triton_name``."""
         return f"qa_{self.value}"
 
 
@@ -83,6 +85,12 @@ class Contract(_Frozen):
 
     format_version: Literal[1] = 1
     build_id: str = Field(description="hash over everything that shaped the build")
+    generation: int = Field(
+        default=0,
+        ge=0,
+        description="names the models in Triton, above 1; 0: not to be loaded beside "
+        "another build",
+    )
     checkpoint: str = Field(description="hub id or directory name")
     tokenizer_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     pad_token_id: int = Field(ge=0)
@@ -129,6 +137,16 @@ class Contract(_Frozen):
         if value is not None and value not in info.data.get("models", {value}):
             raise ValueError("must be one of the models")
         return value
+
+    def triton_name(self, precision: Precision) -> str:
+        """The name of a model in Triton and of its directory.
+
+        From a build with ``--beside`` never that of a build before: two can be loaded
+        side by side, and a name says which one answers.
+        """
+        if self.generation <= 1:
+            return precision.model_name
+        return f"{precision.model_name}_{self.generation}"
 
     def bucket_for(self, length: int) -> int:
         """Padded length for a window of ``length`` tokens.
@@ -182,12 +200,30 @@ def check_model_tensors(
     *,
     inputs: Iterable[tuple[str, str]],
     outputs: Iterable[tuple[str, str]],
+    build_id: str,
 ) -> None:
-    """Hold Triton's metadata of one model, (name, datatype) pairs, to the contract.
+    """Hold what Triton says of one model to the contract.
+
+    Args:
+        contract: what the gateway works by.
+        precision: the model's.
+        inputs: (name, datatype) pairs.
+        outputs: likewise.
+        build_id: of the model's configuration; empty in builds that are not to be
+            loaded beside others.
 
     Raises:
-        ContractError: a tensor is missing, unknown or of another type.
+        ContractError: it is of another build, or a tensor is missing, unknown or of
+            another type.
     """
+    name = contract.triton_name(precision)
+    own_id = contract.build_id if contract.generation else ""
+    if build_id != own_id:
+        raise ContractError(
+            f"Triton serves {name} of build {build_id or 'unknown'}, the contract is "
+            f"of {contract.build_id}: the model repository was made anew in between; "
+            f"restart Triton and the gateway"
+        )
     expected_inputs = {(name, INPUT_DATATYPE) for name in contract.inputs}
     expected_outputs = {
         (START_LOGITS, OUTPUT_DATATYPE),
@@ -199,7 +235,7 @@ def check_model_tensors(
     ):
         if expected != found:
             raise ContractError(
-                f"Triton serves {precision.model_name} with {kind} "
+                f"Triton serves {name} with {kind} "
                 f"{sorted(found)}, the contract says {sorted(expected)}. Triton and "
                 f"the gateway read different model repositories, or one is stale: "
                 f"rebuild with `int8qa build` and restart both"

@@ -6,10 +6,12 @@ Int8qaError
 ├── UnknownModelError            the precision or model asked for is not loaded
 ├── OverloadedError              refused at the door; nothing was done
 │   ├── QueueFullError           the queue holds as much as it may
+│   ├── DeadlineUnreachableError the queue ahead takes longer than the deadline
 │   └── ShuttingDownError        the service is draining
 ├── DeadlineExceededError        accepted, but not answered in time
 ├── EngineError                  the engine behind the gateway
 │   ├── EngineUnavailableError   Triton is not there, or the model is not ready
+│   ├── ModelLoadError           Triton would not load or unload a model
 │   └── EngineOutputError        Triton answered, but not with usable logits
 ├── ConfigurationError           a setting is unknown, out of range or contradictory
 ├── MissingDependencyError       an optional part is not installed
@@ -67,6 +69,10 @@ class QueueFullError(OverloadedError):
     """The queue holds as many padded tokens as it may."""
 
 
+class DeadlineUnreachableError(OverloadedError):
+    """The work queued ahead takes longer than the request's deadline allows."""
+
+
 class ShuttingDownError(OverloadedError):
     """The service is draining and takes nothing new."""
 
@@ -86,6 +92,10 @@ class EngineUnavailableError(EngineError):
         super().__init__(message)
         self.retry_after_s = retry_after_s
         """When it is worth asking again, in seconds."""
+
+
+class ModelLoadError(EngineError):
+    """Triton would not load or unload a model; what it served, it serves."""
 
 
 class EngineOutputError(EngineError):

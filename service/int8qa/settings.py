@@ -8,12 +8,14 @@ repository's contract.
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from int8qa.errors import ConfigurationError
@@ -21,12 +23,36 @@ from int8qa.errors import ConfigurationError
 ENV_PREFIX = "INT8QA_"
 DELIMITER = "__"
 
-_INSTALL_NAMES = frozenset({"INT8QA_PYTHON", "INT8QA_TORCH_INDEX"})
-"""Variables with our prefix that only the Makefile reads."""
+_OTHER_NAMES = frozenset({"INT8QA_API_KEY", "INT8QA_PYTHON", "INT8QA_TORCH_INDEX"})
+"""Variables with our prefix that only clients or the Makefile read."""
+
+
+_ORIGIN = re.compile(r"https?://(\[[0-9a-f:]+\]|[a-z0-9.-]+)(:\d{1,5})?")
+"""As browsers write it. Source: RFC 6454, 6.2."""
 
 
 class _Group(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _split(values: str) -> list[str]:
+    return [value.strip() for value in values.split(",") if value.strip()]
+
+
+def _check_origins(values: str) -> str:
+    for value in _split(values):
+        if value != "*" and not _ORIGIN.fullmatch(value):
+            raise ValueError(
+                "an origin is a scheme and a host, and a port if need be, in lower "
+                "case and without a path: https://a.example:8443"
+            )
+    return values
+
+
+def _check_networks(values: str) -> str:
+    for value in _split(values):
+        ipaddress.ip_network(value)
+    return values
 
 
 class TritonSettings(_Group):
@@ -42,6 +68,12 @@ class TritonSettings(_Group):
         gt=0,
         le=60,
         description="how often a lost Triton is looked for; smaller recovers sooner",
+    )
+    control_key: str = Field(
+        default="",
+        pattern=r"^[A-Za-z0-9_-]*$",
+        description="key that Triton wants before it loads a rebuilt model; `int8qa "
+        "triton` loads none without one, `up` makes its own",
     )
 
 
@@ -77,6 +109,13 @@ class LimitSettings(_Group):
     max_body_bytes: int = Field(
         default=4 * 2**20, ge=1024, le=2**30, description="HTTP body, bytes"
     )
+    max_pending_bytes: int = Field(
+        default=64 * 2**20,
+        ge=1024,
+        le=2**34,
+        description="bodies of all requests in work together, bytes; above it "
+        "requests are refused at once",
+    )
     max_question_chars: int = Field(
         default=2_000, ge=1, le=10**6, description="question, Unicode code points"
     )
@@ -97,7 +136,21 @@ class LimitSettings(_Group):
         default=60.0,
         gt=0,
         le=3600,
-        description="deadline of a request, queueing included; then 504",
+        description="deadline of a request, queueing included; then 504. Clients ask "
+        "for less with X-Request-Timeout",
+    )
+    receive_timeout_s: float = Field(
+        default=20.0,
+        gt=0,
+        le=3600,
+        description="the headers, and then the body, of a request must each arrive "
+        "within; then the connection is closed, or 408",
+    )
+    send_timeout_s: float = Field(
+        default=20.0,
+        gt=0,
+        le=3600,
+        description="a client that leaves its answer unread for longer is cut off",
     )
     shutdown_timeout_s: float = Field(
         default=15.0,
@@ -167,6 +220,45 @@ class ComparisonSettings(_Group):
         return round(min(1.0, self.guard_agreement + self.guard_hysteresis), 9)
 
 
+class AccessSettings(_Group):
+    """Who may ask."""
+
+    keys_file: str = Field(
+        default="",
+        description="file of API keys, such as /run/secrets/int8qa_keys, with lines by "
+        "`int8qa keys new`; read again when it changes; empty: everybody may ask",
+    )
+    allowed_origins: Annotated[str, AfterValidator(_check_origins)] = Field(
+        default="",
+        description="web origins whose pages may ask from a browser, such as "
+        "https://a.example, separated by commas, or *; empty: this service's page only",
+    )
+    trusted_proxies: Annotated[str, AfterValidator(_check_networks)] = Field(
+        default="",
+        description="addresses or networks of proxies whose X-Forwarded-For and "
+        "X-Forwarded-Proto are believed, separated by commas; empty: nobody's",
+    )
+
+    def list_origins(self) -> list[str]:
+        """The allowed origins one by one."""
+        return _split(self.allowed_origins)
+
+
+class AdminSettings(_Group):
+    """A second address, for operators."""
+
+    host: str = Field(
+        default="127.0.0.1", description="address of the operators' port, if any"
+    )
+    port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="serves /metrics, /docs and /openapi.json, without a key, and "
+        "takes them from the public port; 0: there is none",
+    )
+
+
 class EmbeddedSettings(_Group):
     """The Triton that `int8qa up` starts itself."""
 
@@ -196,6 +288,11 @@ class EmbeddedSettings(_Group):
         ge=0,
         le=1024,
         description="CPU threads of one engine; 0 lets OpenVINO choose",
+    )
+    model_control: bool = Field(
+        default=True,
+        description="let `up` load rebuilt models into its running Triton; turn it off "
+        "on a machine shared with people you would not let run code as you",
     )
 
 
@@ -236,6 +333,8 @@ class Settings(BaseSettings):
     batcher: BatcherSettings = Field(default_factory=BatcherSettings)
     limits: LimitSettings = Field(default_factory=LimitSettings)
     comparison: ComparisonSettings = Field(default_factory=ComparisonSettings)
+    access: AccessSettings = Field(default_factory=AccessSettings)
+    admin: AdminSettings = Field(default_factory=AdminSettings)
     embedded: EmbeddedSettings = Field(default_factory=EmbeddedSettings)
 
 
@@ -267,7 +366,7 @@ def load_settings(
     Raises:
         ConfigurationError: a name is unknown or a value is out of range.
     """
-    known = {name for name, _, _ in iter_setting_names()} | _INSTALL_NAMES
+    known = {name for name, _, _ in iter_setting_names()} | _OTHER_NAMES
     source = os.environ if environ is None else environ
     for name in source:
         if name.upper().startswith(ENV_PREFIX) and name.upper() not in known:

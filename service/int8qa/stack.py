@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import signal
 import socket
 from collections.abc import Callable, Iterator
 
-from int8qa.contract import TOKENIZER_FILENAME, load_contract
+from int8qa.contract import TOKENIZER_FILENAME, Contract, load_contract
 from int8qa.embedded import TritonSupervisor, locate_triton
 from int8qa.embedded.launch import TritonPorts
 from int8qa.gateway.app import create_app, run_server
@@ -49,16 +50,30 @@ async def run_stack(
     tokenizer = ReaderTokenizer.from_file(
         settings.model_repository / TOKENIZER_FILENAME
     )
+    control_key = secrets.token_hex(16) if settings.embedded.model_control else ""
     supervisor = TritonSupervisor(
         installation=installation,
         model_repository=settings.model_repository,
         settings=settings.embedded,
+        control_key=control_key,
     )
+
+    def open_engine(contract: Contract) -> TritonEngine:
+        return TritonEngine(
+            supervisor.grpc_url, contract, control_key=control_key, tracing=tracing
+        )
+
     try:
         with _cancelled_by_signals():
             await supervisor.start()
-        engine = TritonEngine(supervisor.grpc_url, contract, tracing=tracing)
-        app = create_app(settings, contract, tokenizer, engine, tracing=tracing)
+        app = create_app(
+            settings,
+            contract,
+            tokenizer,
+            open_engine(contract),
+            open_engine=open_engine,
+            tracing=tracing,
+        )
         await run_server(app, listener, on_ready=on_ready)
     except asyncio.CancelledError:
         # A signal during start-up: what was started is stopped below, and there is
@@ -95,6 +110,7 @@ async def run_triton(
         metrics_port=ports.metrics,
         http_port=ports.http,
         host=host,
+        control_key=settings.triton.control_key,
     )
     try:
         with _cancelled_by_signals():

@@ -52,7 +52,7 @@ def make_contract(build_id: str) -> Contract:
     )
 
 
-def publish(target: Path, build_id: str) -> None:
+def publish(target: Path, build_id: str, *, beside: bool = False) -> None:
     """What a build does with a repository, with small files for models."""
     with stage_repository(target) as staged:
         (staged.directory / "tokenizer.json").write_text("{}")
@@ -60,7 +60,7 @@ def publish(target: Path, build_id: str) -> None:
             directory = staged.model_directory(precision.model_name)
             (directory / "model.xml").write_text(build_id)
             staged.write_config(precision.model_name, f"# {build_id}")
-        staged.publish(make_contract(build_id), {"build_id": build_id})
+        staged.publish(make_contract(build_id), {"build_id": build_id}, beside=beside)
 
 
 def strike(step: int, mode: str, root: Path) -> list[str]:

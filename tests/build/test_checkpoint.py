@@ -11,6 +11,7 @@ import pytest
 from int8qa.build.attention import ATTENTION
 from int8qa.build.checkpoint import (
     MAX_CONFIG_BYTES,
+    MAX_TOKENIZER_BYTES,
     demo_checkpoint_directory,
     load_checkpoint,
     resolve_checkpoint,
@@ -59,6 +60,38 @@ def test_oversized_config(copied_checkpoint: Path) -> None:
     path = copied_checkpoint / "config.json"
     path.write_bytes(path.read_bytes() + b" " * MAX_CONFIG_BYTES)
     assert f"allowed {MAX_CONFIG_BYTES}" in refusal(str(copied_checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("vocab_size", 10**9),
+        ("hidden_size", 10**6),
+        pytest.param("hidden_size", 10**400, id="hidden_size-huge"),
+        ("hidden_size", 0),
+        ("intermediate_size", 10**9),
+        ("max_position_embeddings", -1),
+        ("type_vocab_size", 10**9),
+        ("num_hidden_layers", 10**9),
+        ("num_hidden_layers", -1),
+    ],
+)
+def test_claimed_sizes_are_held_to_the_weights(
+    copied_checkpoint: Path, name: str, size: int
+) -> None:
+    """A config cannot make us allocate what its weights do not hold."""
+    edit_config(copied_checkpoint, **{name: size})
+    with pytest.raises(CheckpointError, match=f"claims {name}") as caught:
+        resolve_checkpoint(str(copied_checkpoint))  # before anything is loaded
+    assert len(str(caught.value)) < 500
+
+
+def test_oversized_tokenizer(copied_checkpoint: Path) -> None:
+    """A tokenizer file is not read before its size is known."""
+    path = copied_checkpoint / "tokenizer.json"
+    with path.open("r+b") as stream:
+        stream.truncate(MAX_TOKENIZER_BYTES + 1)  # a hole: takes no room on the disk
+    assert f"allowed {MAX_TOKENIZER_BYTES}" in refusal(str(copied_checkpoint))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "no_such_model"}', "\0"])

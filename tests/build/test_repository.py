@@ -17,6 +17,8 @@ from int8qa.build.repository import (
     read_manifest,
     stage_repository,
 )
+from int8qa.build.triton_config import parse_config
+from int8qa.contract import Precision, load_contract
 from int8qa.errors import RepositoryError
 from tests.build import publish_under_fire
 from tests.build.publish_under_fire import make_contract, publish
@@ -81,6 +83,33 @@ def test_published_files(target: Path) -> None:
 FILES = ("1/model.xml", "config.pbtxt")
 
 
+def test_names_are_never_used_twice(target: Path) -> None:
+    """A build beside another names its models anew, and writes into them whose they are.
+
+    Triton is to load them beside those it serves; what it loaded, it can tell. A build
+    without that wish has the plain names, whatever was there.
+    """
+    for number, build_id in enumerate(("one", "two", "one"), start=1):
+        publish(target, build_id, beside=True)
+        contract = load_contract(target)
+        assert contract.generation == number
+        names = [contract.triton_name(precision) for precision in Precision]
+        assert names[0] == ("qa_int8" if number == 1 else f"qa_int8_{number}")
+        assert sorted(p.name for p in target.iterdir() if p.is_dir()) == sorted(names)
+        for name in names:
+            config = parse_config((target / name / "config.pbtxt").read_text())
+            assert config.name == name
+            assert config.parameters["build_id"].string_value == build_id
+        assert find_current(target, build_id) == contract
+    # The names count, not what the contract says.
+    (target / "contract.json").unlink()
+    publish(target, "four", beside=True)
+    assert load_contract(target).generation == 4
+    publish(target, "five")
+    assert load_contract(target) == make_contract("five")
+    assert (target / "qa_int8" / "config.pbtxt").read_text() == "# five"
+
+
 def test_manifest_hashes_every_file(target: Path) -> None:
     """The manifest's hashes are the files'; only its own cannot be among them."""
     publish(target, "one")
@@ -100,6 +129,24 @@ def test_current(target: Path) -> None:
     assert find_current(target, "two") is None
     assert find_current(target.parent, "one") is None
     assert find_current(target / "absent", "one") is None
+
+
+@pytest.mark.parametrize("how", ["above", "absolute", "link", "device"])
+def test_manifest_cannot_point_elsewhere(target: Path, how: str) -> None:
+    """Names of a manifest stay in its repository; nothing outside is even read."""
+    publish(target, "one")
+    outside = target.parent / "outside"
+    outside.write_text("secret")
+    name = {"above": "../outside", "absolute": str(outside), "device": "/dev/zero"}.get(
+        how, "link"
+    )
+    if how == "link":
+        (target / name).symlink_to(outside)
+    manifest = json.loads((target / "manifest.json").read_text())
+    assert find_current(target, "one")
+    manifest["files"][name] = hash_file(outside)
+    (target / "manifest.json").write_text(json.dumps(manifest))
+    assert find_current(target, "one") is None
 
 
 @pytest.mark.parametrize("how", ["change", "cut", "remove"])

@@ -224,7 +224,15 @@ def calibrate_reader(
     architecture: str, windows: Sequence[Window], recipe: str
 ) -> CalibratedReader:
     """All the build does before it projects: insert, calibrate by max, export."""
-    reader, sites = insert_and_find(architecture)
+    return calibrate_made(make_reader(architecture), windows, recipe)
+
+
+def calibrate_made(
+    reader: TinyReader, windows: Sequence[Window], recipe: str
+) -> CalibratedReader:
+    """The same with a reader of any size, which is changed by it."""
+    insert_quantizers(reader.model)
+    sites = find_sites(reader.wrapped, reader.inputs)
     plan = RECIPES[recipe].choose(sites)
     switch_quantizers(reader.model, plan)
     histograms = collect_histograms(reader.wrapped, windows, plan, reader.inputs)

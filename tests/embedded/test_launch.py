@@ -175,6 +175,30 @@ def test_a_wider_address_is_not_for_http(
     assert "--http-port=11003" in arguments
 
 
+def test_models_are_loaded_for_whom_the_key_is_known(
+    installation: TritonInstallation, tmp_path: Path
+) -> None:
+    """With a key both protocols ask for it; without one nobody can load a model."""
+
+    def build(control_key: str) -> list[str]:
+        return launch.build_arguments(
+            installation,
+            directory=tmp_path,
+            ports=launch.TritonPorts(grpc=11_001, metrics=11_002, http=11_003),
+            shm_prefix="p-",
+            exit_timeout_s=8.0,
+            control_key=control_key,
+        )
+
+    open_to_some, closed = build("k"), build("")
+    assert "--model-control-mode=explicit" in open_to_some
+    assert "--load-model=*" in open_to_some
+    for option in ("--grpc-restricted-protocol", "--http-restricted-api"):
+        assert f"{option}=model-repository:int8qa-control=k" in open_to_some
+    assert "--model-control-mode=none" in closed
+    assert not any("restricted" in argument for argument in closed)
+
+
 def test_only_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
     """Living owners, other namespaces and foreign files are left alone."""
     dead = subprocess.Popen([sys.executable, "-c", ""])

@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 import int8qa
 from int8qa.contract import (
@@ -27,11 +28,12 @@ from int8qa.contract import (
     ModelRecord,
     Precision,
 )
-from int8qa.errors import ContractError, EngineUnavailableError
+from int8qa.errors import ContractError, EngineUnavailableError, ModelLoadError
 from int8qa.gateway.app import create_app
 from int8qa.gateway.batcher import BatchLogits, PaddedBatch
+from int8qa.gateway.connections import build_protocol
 from int8qa.reader.tokenizer import ReaderTokenizer
-from int8qa.settings import Settings
+from int8qa.settings import LimitSettings, Settings
 
 TOKENIZER_JSON = Path(int8qa.__file__).parent / "data" / "checkpoint" / "tokenizer.json"
 CONTEXT = (
@@ -117,6 +119,12 @@ class FakeEngine:
     async def check_contract(self, precision: Precision) -> None:
         if self.mismatch is not None:
             raise self.mismatch
+
+    async def load(self, precision: Precision) -> None:
+        raise ModelLoadError(f"{precision} is not for loading")
+
+    async def unload(self, precision: Precision) -> None:
+        raise ModelLoadError(f"{precision} is not for unloading")
 
     async def infer(
         self, precision: Precision, batch: PaddedBatch, timeout_s: float | None
@@ -225,9 +233,25 @@ async def open_service(
 @contextlib.asynccontextmanager
 async def listen(service: Service) -> AsyncIterator[str]:
     """Put a service, whose lifespan runs already, on a free port; yield its URL."""
+    async with listen_app(service.app, service.settings.limits) as url:
+        yield url
+
+
+@contextlib.asynccontextmanager
+async def listen_app(
+    app: ASGIApp, limits: LimitSettings, *, keep_alive_s: int = 5
+) -> AsyncIterator[str]:
+    """Put any application behind the gateway's own protocol; yield its URL."""
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(
-        uvicorn.Config(service.app, lifespan="off", log_config=None)
+        uvicorn.Config(
+            app,
+            lifespan="off",
+            log_config=None,
+            http=build_protocol(limits),
+            ws="none",
+            timeout_keep_alive=keep_alive_s,
+        )
     )
     # Signals stay the test runner's.
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]

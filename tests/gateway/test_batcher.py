@@ -20,6 +20,7 @@ from int8qa.contract import Contract, Precision
 from int8qa.errors import (
     ContractError,
     DeadlineExceededError,
+    DeadlineUnreachableError,
     EngineError,
     EngineOutputError,
     EngineUnavailableError,
@@ -249,6 +250,7 @@ class Rig:
             lambda *args: self.infer(*args),  # noqa: PLW0108 - tests replace it
             observer=self.observer,
             clock=asyncio.get_running_loop().time,
+            draw=lambda: 0.5,
         )
 
     async def __aenter__(self):
@@ -435,10 +437,101 @@ async def test_line_4_retry_after_follows_the_measured_drain_rate():
         await let_run()
         with pytest.raises(QueueFullError) as refused:
             await rig.submit(20)
-        # Weights 0.9 x 0.1 and 0.1 of the two batches.
-        pace = (0.09 * 384 + 0.1 * 384) / (0.09 * 3 + 0.1 * 1)
-        assert refused.value.retry_after_s == pytest.approx(512 / pace)
-        assert rig.batcher.drain_s == refused.value.retry_after_s
+        drain_s = 512 / ((384 + 384) / (3 + 1))
+        assert rig.batcher.drain_s == pytest.approx(drain_s)
+        assert refused.value.retry_after_s == pytest.approx(drain_s * 1.25)
+        await asyncio.sleep(60)  # the batches in flight should take 1.33 s each
+        assert rig.batcher.drain_s == pytest.approx(drain_s + 60 - drain_s / 2)
+
+
+async def measure_pace(rig: Rig) -> None:
+    """Let the engine take a second for 384 tokens, and fall idle."""
+    task = rig.submit(300)
+    await asyncio.sleep(1)
+    rig.engine.open[0].answer()
+    await task
+    await let_run()
+
+
+@in_virtual_time
+async def test_a_deadline_that_the_queue_cannot_meet_is_refused_at_once():
+    """Who would wait in vain is told how long it takes, and takes nobody's place."""
+    async with Rig(max_in_flight=1, max_queue_tokens=10_000) as rig:
+        now = asyncio.get_running_loop().time
+        await measure_pace(rig)
+        await rig.occupy()
+        rig.submit(384)
+        await let_run()
+        hopeless = rig.batcher.submit(rig.windows(384), deadline=now() + 1.9)
+        with pytest.raises(DeadlineUnreachableError, match="384 padded") as refused:
+            hopeless.send(None)  # one step: it must not reach an await
+        assert refused.value.retry_after_s > 0
+        assert rig.batcher.queued_tokens == 384
+        rig.submit(384, deadline=now() + 2.1)
+        rig.submit(384)  # without a deadline there is nothing to miss
+        await let_run()
+        assert rig.batcher.queued_tokens == 3 * 384
+
+
+@in_virtual_time
+async def test_a_short_request_is_not_refused_for_a_long_one_ahead():
+    """Requests take turns: only what goes before its own windows counts."""
+    async with Rig(max_in_flight=1, max_queue_tokens=100_000) as rig:
+        now = asyncio.get_running_loop().time
+        await measure_pace(rig)
+        await rig.occupy()
+        rig.submit(*[384] * 100)
+        await let_run()
+        rig.submit(384, deadline=now() + 2.1)
+        await let_run()
+        assert rig.batcher.queued_tokens == 101 * 384
+
+
+@in_virtual_time
+async def test_a_request_alone_is_tried_whatever_the_pace_was():
+    """A bad minute must not refuse for ever what would be answered now."""
+    async with Rig(max_in_flight=1) as rig:
+        now = asyncio.get_running_loop().time
+        await measure_pace(rig)
+        task = rig.submit(384, deadline=now() + 0.5)
+        await let_run()
+        rig.engine.open[0].answer()
+        assert len(await task) == 1
+
+
+@in_virtual_time
+async def test_line_5_a_batch_is_cancelled_when_its_last_caller_leaves():
+    """Not before; then its place is free at once, and the engine counts as busy on."""
+    async with Rig(max_in_flight=1) as rig:
+        await measure_pace(rig)
+        first, second, waits = rig.submit(300), rig.submit(20), rig.submit(20)
+        await let_run()
+        document = rig.engine.open[0]
+        first.cancel()
+        await let_run()
+        assert document.reply.cancelled()
+        assert rig.engine.open[0].shape == (2, 32)
+        assert rig.batcher.in_flight == 2  # what the engine began, it ends
+        second.cancel()
+        await let_run()
+        assert not rig.engine.open[0].reply.done()
+        rig.engine.open[0].answer()
+        assert len(await waits) == 1
+        await asyncio.sleep(1.1)
+        assert rig.batcher.in_flight == 0
+
+
+@in_virtual_time
+async def test_line_5_a_batch_is_cancelled_at_its_last_deadline():
+    """An engine that hangs keeps no place after everybody's deadline."""
+    async with Rig(max_in_flight=1) as rig:
+        rig.submit(20, deadline=1.0)
+        rig.submit(20, deadline=2.0)
+        await asyncio.sleep(1.5)
+        call = rig.engine.open[0]
+        assert not call.reply.done()
+        await asyncio.sleep(1)
+        assert call.reply.cancelled()
 
 
 @pytest.mark.parametrize("turns", range(6))
@@ -491,12 +584,13 @@ async def test_line_5_futures_are_settled_only_if_not_done():
         await let_run()
         rig.engine.open[0].answer()
         assert len(await stays) == 1
-        gone = rig.submit(20)
+        gone, fails = rig.submit(20), rig.submit(20)
         await let_run()
         gone.cancel()
         await let_run()
         rig.engine.open[0].reply.set_exception(EngineUnavailableError("gone"))
         await let_run()
+        assert isinstance(fails.exception(), EngineUnavailableError)
         assert gone.cancelled()
         assert rig.batcher.healthy
 
@@ -1154,7 +1248,7 @@ class Scenario(Rig):
             assert asked.ended == pytest.approx(asked.deadline, abs=1e-9)
         elif isinstance(error, EngineError):
             assert asked.idents & self.failed
-        elif isinstance(error, QueueFullError):
+        elif isinstance(error, (QueueFullError, DeadlineUnreachableError)):
             assert not asked.queue_was_empty
             assert asked.idents.isdisjoint(self.engine.seen)
         else:

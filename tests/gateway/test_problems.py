@@ -57,6 +57,7 @@ def test_statuses_are_the_contracts():
         "UnknownModelError": 404,
         "OverloadedError": 503,
         "QueueFullError": 429,
+        "DeadlineUnreachableError": 503,
         "ShuttingDownError": 503,
         "DeadlineExceededError": 504,
         "EngineError": 502,

@@ -74,12 +74,16 @@ async def begin_upload(url: str) -> asyncio.StreamWriter:
 
 
 async def run_and_terminate(
-    work_s: float, limit_s: float, *numbers: signal.Signals, uploads: int = 0
+    work_s: float,
+    limit_s: float,
+    *numbers: signal.Signals,
+    uploads: int = 0,
+    others: int = 0,
 ) -> tuple[httpx.Response, str, int]:
     """Start a gateway, ask one question, signal while it works; return all it said.
 
     Each further signal is sent when the one before has taken effect. So many uploads
-    begin and never end.
+    begin and never end; so many other requests wait as well, and must be answered alike.
     """
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", SCRIPT, str(work_s), str(limit_s),
@@ -102,11 +106,22 @@ async def run_and_terminate(
             body = {"question": "Who kept it?", "context": "Solveig Bråten kept it."}
             request = asyncio.create_task(client.post(f"{url}/v1/answer", json=body))
             await asyncio.wait_for(read_until("working"), 30)
+            waiting = [
+                asyncio.create_task(client.post(f"{url}/v1/answer", json=body))
+                for _ in range(others)
+            ]
+            while others:
+                metrics = (await client.get(f"{url}/metrics")).text
+                if f"\nint8qa_inflight_requests {others + 1}.0\n" in metrics:
+                    break
+                await asyncio.sleep(0.02)
             writers = [await begin_upload(url) for _ in range(uploads)]
             for number in numbers:
                 process.send_signal(number)
                 await asyncio.wait_for(wait_until_refused(url), 30)
             response = await asyncio.wait_for(request, 30)
+            for answered in await asyncio.wait_for(asyncio.gather(*waiting), 30):
+                assert answered.status_code == response.status_code
         out, _ = await asyncio.wait_for(process.communicate(), 30)
         for writer in writers:
             writer.close()
@@ -124,6 +139,22 @@ async def test_signal_finishes_accepted_requests(number: signal.Signals):
     response, out, code = await run_and_terminate(0.5, 20, number)
     assert response.status_code == 200
     assert response.json()["answer"]["text"] == "Solveig Bråten"
+    assert "closed" in out
+    assert code == 0
+
+
+async def test_signal_under_load_loses_nobody():
+    """All that were accepted are answered; the port is closed while they are."""
+    response, out, code = await run_and_terminate(1.0, 20, signal.SIGTERM, others=40)
+    assert response.status_code == 200
+    assert "closed" in out
+    assert code == 0
+
+
+async def test_signal_under_load_refuses_what_it_cannot_finish():
+    """The limit holds for all of them: each gets its refusal, and the process ends."""
+    response, out, code = await run_and_terminate(600, 0.3, signal.SIGTERM, others=40)
+    assert response.status_code == 503
     assert "closed" in out
     assert code == 0
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import grpc
 import numpy as np
 import pytest
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from int8qa.contract import Precision
@@ -20,6 +20,7 @@ from int8qa.errors import (
     EngineError,
     EngineOutputError,
     EngineUnavailableError,
+    ModelLoadError,
 )
 from int8qa.gateway.batcher import PaddedBatch
 from int8qa.gateway.triton import ERROR_BY_CODE, TritonEngine, map_triton_errors
@@ -37,6 +38,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     datatype: str = "INT32"
     output_datatype: str = "FP32"
     stall: bool = False
+    build_id: str = ""
+    controlled: list[tuple[str, str, str | None]] = field(default_factory=list)
     seen: list[service_pb2.ModelInferRequest] = field(default_factory=list)
 
     async def ModelReady(self, request, context):  # noqa: N802 - gRPC's name
@@ -53,6 +56,30 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             inputs=[describe(name, self.datatype) for name in INPUTS],
             outputs=[describe(f"{side}_logits", "FP32") for side in ("start", "end")],
         )
+
+    async def ModelConfig(self, request, context):  # noqa: N802 - gRPC's name
+        config = model_config_pb2.ModelConfig(name=request.name)
+        config.parameters["build_id"].string_value = self.build_id
+        return service_pb2.ModelConfigResponse(config=config)
+
+    async def RepositoryModelLoad(self, request, context):  # noqa: N802 - gRPC's name
+        return await self._control(
+            "load", request, context, service_pb2.RepositoryModelLoadResponse()
+        )
+
+    async def RepositoryModelUnload(self, request, context):  # noqa: N802
+        return await self._control(
+            "unload", request, context, service_pb2.RepositoryModelUnloadResponse()
+        )
+
+    async def _control(self, action, request, context, response):
+        key = dict(context.invocation_metadata()).get(
+            "triton-grpc-protocol-int8qa-control"
+        )
+        self.controlled.append((action, request.model_name, key))
+        if self.failure is not None:
+            await context.abort(*self.failure)
+        return response
 
     async def ModelInfer(self, request, context):  # noqa: N802 - gRPC's name
         self.seen.append(request)
@@ -120,11 +147,34 @@ async def test_metadata_is_held_to_the_contract(tokenizer):
     async with run_triton(triton) as port, connect(port, tokenizer) as engine:
         assert await engine.ready(Precision.INT8)
         await engine.check_contract(Precision.INT8)
+        triton.build_id = "other"
+        with pytest.raises(ContractError, match=r"qa_int8 of build other.*of test"):
+            await engine.check_contract(Precision.INT8)
+        triton.build_id = ""
         triton.datatype = "INT64"
         with pytest.raises(ContractError, match="INT64"):
             await engine.check_contract(Precision.INT8)
         triton.ready = False
         assert not await engine.ready(Precision.INT8)
+
+
+async def test_control_names_the_build_and_the_key(tokenizer):
+    """Loading asks for this build's model with the key; a refusal keeps its reason."""
+    triton = FakeTriton()
+    contract = build_contract(tokenizer).model_copy(update={"generation": 3})
+    async with run_triton(triton) as port:
+        engine = TritonEngine(f"127.0.0.1:{port}", contract, control_key="k")
+        await engine.connect()
+        await engine.load(Precision.INT8)
+        await engine.unload(Precision.FP16)
+        triton.failure = (grpc.StatusCode.INVALID_ARGUMENT, "no such plan")
+        with pytest.raises(ModelLoadError, match=r"load qa_int8_3: .*no such plan"):
+            await engine.load(Precision.INT8)
+        await engine.close()
+    assert triton.controlled[:2] == [
+        ("load", "qa_int8_3", "k"),
+        ("unload", "qa_fp16_3", "k"),
+    ]
 
 
 @pytest.mark.parametrize("code", [c for c in grpc.StatusCode if c.name != "OK"])

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import torch
 
 MAX_CONFIG_BYTES = 1 << 20
+MAX_TOKENIZER_BYTES = 256 << 20
+"""Of one tokenizer file; the largest vocabularies in use have a tenth."""
+MAX_LAYERS = 1024
 _HUB_PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json"]
 _TOKENIZER_PATTERNS = [
     "tokenizer.json",
@@ -158,6 +161,57 @@ def _check_files(directory: Path) -> None:
             f"{directory} has no tokenizer: one of {', '.join(_VOCABULARY_FILES)} is "
             f"needed"
         )
+    for name in _TOKENIZER_PATTERNS:
+        path = directory / name
+        if path.is_file() and path.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size} bytes; allowed {MAX_TOKENIZER_BYTES}"
+            )
+    _check_sizes(directory)
+
+
+def _check_sizes(directory: Path) -> None:
+    """Hold the sizes that a config claims to the weights that are there.
+
+    Nothing is allocated yet: no tensor can have more elements than its file has bytes,
+    and a config that claims one would only exhaust the memory.
+    """
+    try:
+        config = json.loads((directory / "config.json").read_bytes())
+    except (ValueError, RecursionError):
+        return  # transformers says it better
+    if not isinstance(config, dict):
+        return
+    weight_bytes = sum(p.stat().st_size for p in directory.glob("*.safetensors"))
+
+    def find(*names: str) -> tuple[str, int]:
+        """The first of these names that the config has, and its size; else 1."""
+        for name in names:
+            value = config.get(name)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return name, value
+        return names[0], 1
+
+    width_name, width = find("hidden_size", "dim", "d_model")
+    layers_name, layers = find("num_hidden_layers", "n_layers", "num_layers")
+    if not 1 <= layers <= MAX_LAYERS:
+        raise CheckpointError(
+            f"{directory}/config.json claims {layers_name} = {str(layers)[:20]}; "
+            f"allowed are 1 to {MAX_LAYERS}"
+        )
+    embedding = find("embedding_size")[1] if "embedding_size" in config else width
+    for (name, size), other in (
+        ((width_name, width), width),
+        (find("intermediate_size", "hidden_dim", "d_ff"), width),
+        (find("vocab_size"), embedding),
+        (find("max_position_embeddings"), embedding),
+        (find("type_vocab_size") if config.get("type_vocab_size") else ("", 1), width),
+    ):
+        if size < 1 or other < 1 or size * other > weight_bytes:
+            raise CheckpointError(
+                f"{directory}/config.json claims {name} = {str(size)[:20]}, which its "
+                f"weights of {weight_bytes} bytes cannot hold"
+            )
 
 
 def _hash_files(directory: Path) -> str:

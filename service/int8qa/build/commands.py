@@ -169,14 +169,15 @@ def build(
         ),
     ] = None,
     calibrator: Annotated[
-        str,
+        str | None,
         typer.Option(
             help=f"How activation ranges are chosen: {_CALIBRATOR_NAMES}, which tries "
             "several on each tensor and takes what moves the logits least.  "
-            "[default: percentile-99.999]",
+            "[default: the ranges of `int8qa train --qat` where the checkpoint has "
+            "them, else percentile-99.999]",
             show_default=False,
         ),
-    ] = "percentile",
+    ] = None,
     percentile: Annotated[
         float | None,
         typer.Option(
@@ -222,6 +223,14 @@ def build(
         ),
     ] = False,
     model_repository: RepositoryOption = None,
+    beside: Annotated[
+        bool,
+        typer.Option(
+            "--beside",
+            help="Give the models new names, so that a running service can change to "
+            "them without a pause (SIGUSR1).",
+        ),
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Rebuild even if it is current.")
     ] = False,
@@ -232,7 +241,7 @@ def build(
     from int8qa.build.pipeline import build_repository
     from int8qa.build.report import show_manifest
 
-    ranges = _choose_calibrator(calibrator, percentile)
+    ranges = _choose_calibrator(calibrator or "percentile", percentile)
     chosen = _load_recipe(recipe, weights, share_qkv=share_qkv)
     plans = _choose_plans(
         target,
@@ -258,12 +267,14 @@ def build(
         revision=revision,
         recipe=chosen,
         calibrator=ranges,
+        keep_trained=calibrator is None and percentile is None,
         smooth=smooth,
         sources=sources,
         gate=gate,
         mixed=mixed,
         plans=plans,
         force=force,
+        beside=beside,
         **given,
     )
     outcome = build_repository(options)

@@ -22,6 +22,7 @@ from int8qa.build.engines.tensorrt_lock import read_builder_lock
 from int8qa.build.manifest import MANIFEST_VERSION, describe_recipe
 from int8qa.build.options import BuildOptions
 from int8qa.build.repository import hash_file
+from int8qa.build.stored_ranges import has_ranges
 from int8qa.build.subject import data_name
 from int8qa.errors import MissingDependencyError
 from int8qa.reader.squad import SquadQuestion
@@ -53,6 +54,7 @@ def identify_build(
         "checkpoint": files.name,
         "recipe": describe_recipe(options.recipe),
         "calibrator": options.calibrator.name,
+        "keeps_trained": options.keep_trained and has_ranges(files.directory),
         "smooth": options.smooth,
         "mixed": options.mixed,
         "calibration_limit": sources.calibration_limit,

@@ -14,6 +14,7 @@ from int8qa.build.accuracy import Accuracy, Answers, share_equal
 from int8qa.build.latency import Latency
 from int8qa.build.mixed import MixedPlan
 from int8qa.build.quantization import Recipe
+from int8qa.build.stored_ranges import StoredRanges
 from int8qa.contract import Precision
 
 MANIFEST_VERSION = 2
@@ -80,6 +81,18 @@ def describe_latencies(
     return {
         shape: {name: asdict(latency) for name, latency in by_name.items()}
         for shape, by_name in latencies.items()
+    }
+
+
+def describe_trained(trained: StoredRanges | None) -> dict[str, Any] | None:
+    """Where the ranges came from; None if they were calibrated by this build."""
+    if trained is None:
+        return None
+    return {
+        "recipe": trained.recipe,
+        "calibrator": trained.calibrator,
+        "tensors": len(trained.ranges),
+        "smoothed": len(trained.scales),
     }
 
 

@@ -40,6 +40,9 @@ class BuildOptions:
     revision: str | None = None
     recipe: Recipe = RECIPES["linear"]
     calibrator: Calibrator = field(default_factory=Calibrator)
+    keep_trained: bool = field(default=True, compare=False)
+    """Ranges that the checkpoint was trained with go before the calibrator's. Not
+    compared: of a checkpoint without such ranges it changes nothing."""
     sources: QuestionSources = field(default_factory=QuestionSources)
     smooth: bool = True
     """SmoothQuant before calibration; see smoothing.py."""
@@ -50,6 +53,9 @@ class BuildOptions:
     """How TensorRT's plans are built; None serves with OpenVINO."""
     force: bool = False
     """Rebuild even if the repository is current."""
+    beside: bool = field(default=False, compare=False)
+    """Name the models anew, so that a running Triton can load them beside those it
+    serves. Not compared: names change nothing."""
 
     @property
     def target(self) -> str:

@@ -45,6 +45,7 @@ from int8qa.build.manifest import (
     describe_mixed,
     describe_models,
     describe_recipe,
+    describe_trained,
 )
 from int8qa.build.mixed import MixedPlan, MixedStep, find_mixed_plan, rank_units
 from int8qa.build.options import BuildOptions, list_advice
@@ -73,6 +74,7 @@ from int8qa.build.repository import (
     stage_repository,
 )
 from int8qa.build.sites import TensorClass
+from int8qa.build.stored_ranges import TRAINED, StoredRanges, choose_stored
 from int8qa.build.subject import load_subject
 from int8qa.build.triton_config import openvino_model_config
 from int8qa.build.triton_tensorrt_config import BATCH_SIZES as PLAN_BATCH_SIZES
@@ -142,7 +144,7 @@ def build_repository(
         contract, manifest = builder.run(build_id)
         manifest["inputs"] = identity
         manifest["seconds"] = round(time.monotonic() - begin, 1)
-        staged.publish(contract, manifest)
+        contract = staged.publish(contract, manifest, beside=options.beside)
     return BuildOutcome(contract, manifest, cached=False)
 
 
@@ -178,6 +180,8 @@ class _Build:
         self.staged = staged
         self.progress = progress
         self.remarks: list[str] = []
+        self.trained: StoredRanges | None = None
+        """Ranges that the checkpoint brought, if they are used."""
         self.engines: dict[Precision, OpenVinoEngine] = {}
         self.sizes: dict[Precision, int] = {}
         self.graphs: dict[Precision, MeasuredGraph] = {}
@@ -249,10 +253,11 @@ class _Build:
             "device": execution.device,
             "capabilities": list(execution.capabilities),
             "recipe": describe_recipe(self.recipe),
-            "calibrator": self.options.calibrator.name,
+            "calibrator": self.calibrator,
+            "trained": describe_trained(self.trained),
             "gate": self.options.gate,
-            "calibration_questions": len(subject.calibration),
-            "calibration_windows": len(quantized.windows),
+            "calibration_questions": 0 if self.trained else len(subject.calibration),
+            "calibration_windows": 0 if self.trained else len(quantized.windows),
             "evaluation_questions": len(subject.evaluation),
             "max_logit_deviation": {EXPORT.conversion: deviation, **deviations},
             "census": asdict(census),
@@ -281,6 +286,11 @@ class _Build:
         recipe = self.options.recipe
         return recipe if self.options.plans is None else sign_softmax(recipe)
 
+    @property
+    def calibrator(self) -> str:
+        """Where the ranges come from."""
+        return TRAINED if self.trained else self.options.calibrator.name
+
     def _quantize(
         self, reader: Any
     ) -> tuple[QuantizedReader, Ranges, dict[str, float]]:
@@ -291,9 +301,16 @@ class _Build:
         leave_out: frozenset[TensorClass] = frozenset()
         if options.plans is not None:
             leave_out = choose_unsmoothed(quantized.plan.sites)
+        self.trained = self._find_trained(quantized.plan, leave_out)
+        if options.plans is not None:
             self.remarks += describe_changes(
-                options.recipe, quantized.plan, smooth=options.smooth
+                options.recipe,
+                quantized.plan,
+                smooth=options.smooth and not self.trained,
             )
+        if self.trained is not None:
+            ranges = self._take_trained(self.trained, reader)
+            return quantized, ranges, {}
         alphas: dict[str, float] = {}
         if options.smooth:
             with self.progress.stage("smooth outliers", steps=len(windows)) as tick:
@@ -311,6 +328,37 @@ class _Build:
             ) as tick:
                 ranges = quantized.choose(options.calibrator, on_tensor=tick)
         return quantized, ranges, alphas
+
+    def _find_trained(
+        self, plan: Plan, leave_out: frozenset[TensorClass]
+    ) -> StoredRanges | None:
+        """The ranges the checkpoint was trained with, if they are for this build."""
+        options = self.options
+        stored, difference = choose_stored(
+            self.files.directory,
+            plan,
+            calibrator=None if options.keep_trained else options.calibrator.name,
+            smooth=options.smooth,
+            leave_out=leave_out,
+        )
+        if difference:
+            remark = (
+                f"the ranges {self.files.name} was trained with are left aside, and "
+                f"new ones calibrated: {difference}"
+            )
+            self.progress.say(f"      {remark}")
+            self.remarks.append(remark)
+        return stored
+
+    def _take_trained(self, trained: StoredRanges, reader: Any) -> Ranges:
+        search = self.options.calibrator.method == "search"
+        self.progress.skip(self.options.smooth + search)
+        with self.progress.stage(
+            f"take the ranges it was trained with ({trained.recipe}, "
+            f"{trained.calibrator})"
+        ):
+            trained.apply(reader.model)
+        return trained.ranges
 
     def _hold_export(
         self, reader: Any, graph: onnx.ModelProto
@@ -460,7 +508,7 @@ class _Build:
         named = {str(name): accuracy for name, accuracy in accuracies.items()}
         facts: dict[str, Any] = {
             "recipe": self.options.recipe.name,
-            "calibrator": self.options.calibrator.name,
+            "calibrator": self.calibrator,
             "device": self.engines[Precision.INT8].execution.device,
             "gate": self.options.gate,
         }
@@ -509,7 +557,7 @@ class _Build:
             return ModelRecord(
                 name=precision.model_name,
                 engine=self.options.target,
-                calibrator=self.options.calibrator.name if int8 else "none",
+                calibrator=self.calibrator if int8 else "none",
                 recipe=recipe if int8 else "none",
                 f1=round(accuracies[precision].f1, 3),
                 exact_match=round(accuracies[precision].exact_match, 3),

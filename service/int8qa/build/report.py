@@ -37,6 +37,10 @@ class BuildProgress:
         self._stages = stages
         self._stage = 0
 
+    def skip(self, stages: int) -> None:
+        """So many of the stages will not come."""
+        self._stages -= stages
+
     def say(self, text: str) -> None:
         """A remark between stages."""
         self._console.print(text, markup=False, soft_wrap=True)

@@ -11,11 +11,13 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from int8qa.build.triton_config import stamp_config
 from int8qa.contract import (
     CONTRACT_FILENAME,
     MANIFEST_FILENAME,
@@ -29,7 +31,9 @@ from int8qa.errors import ContractError, RepositoryError
 MODEL_VERSION = "1"
 _OWN_FILES = frozenset({CONTRACT_FILENAME, MANIFEST_FILENAME, TOKENIZER_FILENAME})
 _KEPT_FILES = frozenset({"README.md", ".gitignore", ".gitkeep"})
-_MODEL_NAMES = frozenset(precision.model_name for precision in Precision)
+_MODEL_NAME = re.compile(
+    rf"({'|'.join(precision.model_name for precision in Precision)})(?:_(\d+))?"
+)
 
 
 def hash_file(path: Path) -> str:
@@ -59,6 +63,12 @@ def read_manifest(repository: Path) -> dict[str, Any]:
     return manifest
 
 
+def _is_within(repository: Path, name: str) -> bool:
+    """Whether a manifest's name is that of a plain file of its own repository."""
+    path = (repository / name).resolve()
+    return path.is_relative_to(repository.resolve()) and path.is_file()
+
+
 def find_current(repository: Path, build_id: str) -> Contract | None:
     """The contract of ``repository`` if it is the whole outcome of ``build_id``.
 
@@ -73,7 +83,8 @@ def find_current(repository: Path, build_id: str) -> Contract | None:
             and isinstance(files, dict)
             and CONTRACT_FILENAME in files
             and all(
-                hash_file(repository / name) == sha256 for name, sha256 in files.items()
+                _is_within(repository, name) and hash_file(repository / name) == sha256
+                for name, sha256 in files.items()
             )
         )
     except (ContractError, RepositoryError, KeyError, OSError):
@@ -99,13 +110,26 @@ class StagedRepository:
         path = self.directory / model_name / "config.pbtxt"
         path.write_text(config, encoding="utf-8")
 
-    def publish(self, contract: Contract, manifest: dict[str, Any]) -> None:
+    def publish(
+        self, contract: Contract, manifest: dict[str, Any], *, beside: bool = False
+    ) -> Contract:
         """Seal with contract and manifest, and take the target's place.
+
+        Args:
+            contract: of the build.
+            manifest: likewise.
+            beside: give the models names that no build in this place had before, so
+                that a running Triton can load them beside those it serves.
+
+        Returns:
+            The contract as it was published.
 
         Raises:
             RepositoryError: the target holds things int8qa did not write, or the
                 file system refused.
         """
+        if beside:
+            contract = self._name_anew(contract)
         contract.save(self.directory)
         files = {
             str(path.relative_to(self.directory)): hash_file(path)
@@ -122,6 +146,19 @@ class StagedRepository:
             raise RepositoryError(
                 f"cannot publish {self._target}: {error.strerror} ({error.filename})"
             ) from error
+        return contract
+
+    def _name_anew(self, contract: Contract) -> Contract:
+        generation = _read_generation(self._target) + 1
+        contract = contract.model_copy(update={"generation": generation})
+        for precision in contract.models:
+            directory = self.directory / precision.model_name
+            name = contract.triton_name(precision)
+            config = directory / "config.pbtxt"
+            text = stamp_config(config.read_text("utf-8"), name, contract.build_id)
+            config.write_text(text, encoding="utf-8")
+            directory.rename(self.directory / name)
+        return contract
 
     def _exchange(self) -> None:
         previous = _sibling(self._target, "previous")
@@ -139,6 +176,17 @@ class StagedRepository:
             _restore_previous(self._target)
             raise
         shutil.rmtree(previous, ignore_errors=True)
+
+
+def _read_generation(target: Path) -> int:
+    """The highest generation of any model directory in ``target``; 0 if there is none.
+
+    Read from the names: they are what must not come twice, whatever the contract says.
+    """
+    if not target.is_dir():
+        return 0
+    found = (_MODEL_NAME.fullmatch(entry.name) for entry in target.iterdir())
+    return max((int(match[2] or 1) for match in found if match), default=0)
 
 
 def _sibling(target: Path, role: str) -> Path:
@@ -233,7 +281,7 @@ def _check_replaceable(target: Path) -> None:
         entry.name
         for entry in sorted(target.iterdir())
         if not (
-            (entry.is_dir() and entry.name in _MODEL_NAMES)
+            (entry.is_dir() and _MODEL_NAME.fullmatch(entry.name))
             or (entry.is_file() and entry.name in _OWN_FILES | _KEPT_FILES)
         )
     ]

@@ -10,7 +10,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from int8qa.contract import END_LOGITS, START_LOGITS, Precision
+from int8qa.contract import (
+    BUILD_ID_PARAMETER,
+    END_LOGITS,
+    START_LOGITS,
+    Precision,
+)
 from int8qa.errors import RepositoryError
 
 QUEUE_TIMEOUT_US = 60_000_000
@@ -72,6 +77,20 @@ def openvino_model_config(
         raise RepositoryError(
             f"Triton's protobuf refused the config: {error}"
         ) from error
+    return str(text_format.MessageToString(config))
+
+
+def stamp_config(text: str, name: str, build_id: str) -> str:
+    """Name a model anew and write the build it is of into its parameters.
+
+    Raises:
+        RepositoryError: ``text`` is no configuration.
+    """
+    from google.protobuf import text_format
+
+    config = parse_config(text)
+    config.name = name
+    config.parameters[BUILD_ID_PARAMETER].string_value = build_id
     return str(text_format.MessageToString(config))
 
 

@@ -30,6 +30,8 @@ SHM_FAMILY = "int8qa"
 MIN_SHM_BYTES = 16 * 2**20
 """Each model instance takes 1 MiB of shared memory and grows in steps of 1 MiB.
 Source: the Python backend's shm-default-byte-size and shm-growth-byte-size."""
+CONTROL_HEADER = "int8qa-control"
+"""Over gRPC it is called ``triton-grpc-protocol-int8qa-control``."""
 _PORTS_BELOW_EPHEMERAL = 10_000
 _TEMPORARY_DIRECTORIES = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - by mkdtemp
 _MODELS = "models"
@@ -175,12 +177,22 @@ def build_arguments(
     shm_prefix: str,
     exit_timeout_s: float,
     host: str = LOOPBACK,
+    control_key: str = "",
 ) -> list[str]:
     """Return the command line of `tritonserver`, the program first.
 
     ``host`` is where gRPC and metrics listen. HTTP, which could be asked for answers
-    too, stays on loopback.
+    too, stays on loopback. Who names ``control_key`` may have models loaded and
+    unloaded, and so have Triton run code; without a key nobody may.
     """
+    control = ["--model-control-mode=none"]
+    if control_key:
+        control = [
+            "--model-control-mode=explicit",
+            "--load-model=*",
+            f"--grpc-restricted-protocol=model-repository:{CONTROL_HEADER}={control_key}",
+            f"--http-restricted-api=model-repository:{CONTROL_HEADER}={control_key}",
+        ]
     http = (
         ["--allow-http=true", f"--http-address={LOOPBACK}", f"--http-port={ports.http}"]
         if ports.http
@@ -189,10 +201,12 @@ def build_arguments(
     return [
         str(installation.server),
         f"--model-repository={directory / _MODELS}",
-        # Every model loads at start-up or Triton exits and says why.
-        "--model-control-mode=none",
+        *control,
+        # Every model loads at start-up or Triton exits and says why. After that a
+        # model that is being loaded, or cannot be, is no reason to call the server
+        # unready: those before it serve.
         "--exit-on-error=true",
-        "--strict-readiness=true",
+        "--strict-readiness=false",
         # The build writes complete configurations; asking the model for one costs
         # a second stub process per model, about a second of start-up each.
         "--disable-auto-complete-config",

@@ -115,11 +115,26 @@ class RestartBackoff:
 
 
 async def check_grpc_health(url: str) -> bool:
-    """Ask Triton's standard gRPC health service whether all models are ready.
+    """Ask Triton's standard gRPC health service whether it serves.
 
     Source: grpc.health.v1, Health/Check; field 1 of the answer is the status and
     1 is SERVING. The empty request asks for the whole server.
     """
+    return await _call(url, "/grpc.health.v1.Health/Check", b"") == b"\x08\x01"
+
+
+async def check_model_ready(url: str, name: str) -> bool:
+    """Ask Triton whether a model is loaded; False also where it does not answer.
+
+    Source: KServe's inference protocol, ModelReady; field 1 of the request is the name,
+    field 1 of the answer is true.
+    """
+    request = b"\x0a" + bytes([len(name)]) + name.encode()
+    method = "/inference.GRPCInferenceService/ModelReady"
+    return await _call(url, method, request) == b"\x08\x01"
+
+
+async def _call(url: str, method: str, request: bytes) -> bytes | None:
     options = [
         # A channel of its own: the shared pool would remember the refused
         # connections of the start-up and wait ever longer between attempts.
@@ -127,12 +142,12 @@ async def check_grpc_health(url: str) -> bool:
         ("grpc.enable_http_proxy", 0),
     ]
     async with grpc.aio.insecure_channel(url, options=options) as channel:
-        call = channel.unary_unary("/grpc.health.v1.Health/Check")
+        call = channel.unary_unary(method)
         try:
-            answer: bytes = await call(b"", timeout=1.0)
+            answer: bytes = await call(request, timeout=1.0)
         except grpc.aio.AioRpcError:
-            return False
-    return answer == b"\x08\x01"
+            return None
+    return answer
 
 
 class TritonSupervisor:
@@ -151,6 +166,7 @@ class TritonSupervisor:
         metrics_port: int = 0,
         http_port: int = 0,
         host: str = LOOPBACK,
+        control_key: str = "",
         check_ready: ReadyCheck = check_grpc_health,
         backoff: RestartBackoff | None = None,
     ) -> None:
@@ -165,6 +181,7 @@ class TritonSupervisor:
             metrics_port: likewise, for Prometheus.
             http_port: a loopback port for Triton's HTTP health checks; 0: none.
             host: where gRPC and metrics listen; 0.0.0.0 in a container.
+            control_key: who names it may have models loaded; empty: nobody.
             check_ready: given host:port, tells whether Triton serves.
             backoff: delays between restarts.
         """
@@ -177,6 +194,7 @@ class TritonSupervisor:
         )
         self._http_port = http_port
         self._host = host
+        self._control_key = control_key
         self._ports: TritonPorts | None = None
         self._check_ready = check_ready
         self._backoff = backoff or RestartBackoff(
@@ -305,7 +323,7 @@ class TritonSupervisor:
     async def _keep_alive(self) -> None:
         while self._run is not None:
             ready_at_s = time.monotonic()
-            reason = await self._run.wait_failed()
+            reason = await self._run.wait_failed(self.grpc_url)
             await self._run.kill()
             self._run = None
             healthy_s = time.monotonic() - ready_at_s
@@ -366,6 +384,7 @@ class TritonSupervisor:
                 # Earlier than our own limit, so that Triton still exits in order.
                 exit_timeout_s=0.8 * self._settings.stop_timeout_s,
                 host=self._host,
+                control_key=self._control_key,
             ),
             environment=build_environment(
                 self._installation,
@@ -425,7 +444,8 @@ class _TritonRun(asyncio.SubprocessProtocol):
     def __init__(self, *, shm_prefix: str, stop_timeout_s: float) -> None:
         self._shm_prefix = shm_prefix
         self._stop_timeout_s = stop_timeout_s
-        self._stubs: list[int] = []
+        self._stubs: dict[int, str] = {}
+        self._models_changed = False
         self._lines: deque[LogLine] = deque(maxlen=200)
         self._rest = b""
         self._exited = asyncio.Event()
@@ -496,24 +516,35 @@ class _TritonRun(asyncio.SubprocessProtocol):
                     f"{' | '.join(told[-5:]) or 'none'}"
                 )
             await _wait_for(self._exited, _READY_POLL_S)
-        self._stubs = [
-            process.pid
+        self._note_stubs()
+
+    def _note_stubs(self) -> None:
+        self._models_changed = False
+        self._stubs |= {
+            process.pid: _read_stub_model(process.pid)
             for process in guard.iter_group(self.group)
             if process.name == _STUB_PROCESS_NAME
-        ]
+        }
 
-    async def wait_failed(self) -> str:
-        """Return, with the reason, once Triton or one of its stubs is gone."""
+    async def wait_failed(self, url: str) -> str:
+        """Return, with the reason, once Triton or one of its stubs is gone.
+
+        A stub whose model Triton has unloaded may go.
+        """
         while not await _wait_for(self._exited, _WATCH_POLL_S):
+            if self._models_changed:
+                self._note_stubs()
             # Triton 2.51 never starts a dead stub again: it answers every request
-            # with an error and still calls itself ready.
-            for pid in self._stubs:
+            # with an error and still calls the model ready.
+            for pid, model_name in list(self._stubs.items()):
                 try:
                     stub = guard.read_process(pid)
                 except OSError:  # it cannot be told now: no reason to end a Triton
                     continue
                 if stub is None or stub.group != self.group or not stub.is_alive:
-                    return f"a model's process ended (pid {pid})"
+                    if await check_model_ready(url, model_name):
+                        return f"the process of {model_name} ended (pid {pid})"
+                    del self._stubs[pid]
         return f"tritonserver ended ({self._describe_exit()})"
 
     async def stop(self) -> None:
@@ -554,6 +585,8 @@ class _TritonRun(asyncio.SubprocessProtocol):
     def _log_line(self, raw: bytes) -> None:
         line = parse_log_line(raw[:_MAX_LINE_BYTES].decode("utf-8", "replace"))
         self._lines.append(line)
+        if line.message.startswith("successfully loaded"):
+            self._models_changed = True
         if line.message:
             TRITON_LOG.log(line.level, "%s", line.message)
 
@@ -569,6 +602,16 @@ class _TritonRun(asyncio.SubprocessProtocol):
             return f"killed by {signal.Signals(number).name}"
         except ValueError:
             return f"exit status {code}"
+
+
+def _read_stub_model(pid: int) -> str:
+    """The model that a stub runs, from its command line: …/NAME/VERSION/model.py."""
+    try:
+        arguments = Path("/proc", str(pid), "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return ""
+    paths = (Path(os.fsdecode(argument)) for argument in arguments[1:])
+    return next((p.parts[-3] for p in paths if p.name == "model.py"), "")
 
 
 async def _wait_for(event: asyncio.Event, timeout_s: float) -> bool:

@@ -14,6 +14,7 @@ import signal
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -22,6 +23,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -33,10 +35,14 @@ from int8qa.contract import (
 )
 from int8qa.errors import ConfigurationError, Int8qaError
 from int8qa.gateway import batches, routes, status
+from int8qa.gateway.access import AccessGate, KeyRing
+from int8qa.gateway.addresses import AddressSplit
+from int8qa.gateway.budget import ByteBudget
 from int8qa.gateway.comparison import ComparisonWindow
+from int8qa.gateway.connections import build_protocol
 from int8qa.gateway.edge import RequestEdge, note_problem
 from int8qa.gateway.engine import Engine
-from int8qa.gateway.logs import configure_logging
+from int8qa.gateway.logs import configure_logging, get_logger
 from int8qa.gateway.openapi import describe_api
 from int8qa.gateway.page import build_page_router, load_files
 from int8qa.gateway.pipeline import AnswerPipeline
@@ -47,10 +53,12 @@ from int8qa.gateway.problems import (
     RequestProblemError,
     describe_problem,
 )
-from int8qa.gateway.routes import Gateway, get_gateway, get_record
+from int8qa.gateway.reload import Gateway, Reloader
+from int8qa.gateway.routes import get_gateway, get_record
 from int8qa.gateway.telemetry import Telemetry
 from int8qa.gateway.tracing import NO_TRACING, Tracing, open_tracing
 from int8qa.gateway.triton import TritonEngine
+from int8qa.gateway.waiting import finish_within
 from int8qa.reader.tokenizer import ReaderTokenizer
 from int8qa.settings import Settings
 
@@ -60,7 +68,22 @@ _DESCRIPTION = (
     "503 carry `Retry-After`. Each response carries `X-Request-Id`."
 )
 
+_CORS_METHODS = ("GET", "POST")
+_CORS_REQUEST_HEADERS = (
+    "Authorization",
+    "Content-Type",
+    "X-Precision",
+    "X-Request-Timeout",
+    "X-Request-Id",
+    "X-Request-Timeout",
+)
+_CORS_RESPONSE_HEADERS = ("Retry-After", "Server-Timing", "X-Request-Id")
+
 _BACKLOG = 2048
+
+_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+
+_ANNOUNCE_POLL_S = 0.5
 
 _LAST_WORDS_S = 0.5
 """Between a second signal's refusals and cutting whoever has not read them."""
@@ -72,38 +95,50 @@ def create_app(
     tokenizer: ReaderTokenizer,
     engine: Engine,
     *,
+    open_engine: Callable[[Contract], Engine] | None = None,
     tracing: Tracing = NO_TRACING,
 ) -> FastAPI:
     """Build the application; ``app.state.gateway`` holds its parts.
 
-    Its end closes the engine and ``tracing``.
+    Its end closes the engine and ``tracing``. With ``open_engine``, which gives an
+    engine for another build, ``app.state.reloader`` can replace ``app.state.gateway``.
 
     Raises:
-        ConfigurationError: the default precision is not in the model repository.
+        ConfigurationError: the default precision is not in the model repository, or
+            the file of API keys is unusable.
         ContractError: the tokenizer is not the one the models were built with.
     """
     telemetry = Telemetry(contract)
     telemetry.declare_reasons(REJECTION_REASONS)
-    comparison = ComparisonWindow(settings.comparison.window, contract.models)
-    telemetry.read_comparison(comparison)
     telemetry.set_guard_threshold(settings.comparison.guard_agreement)
-    pipeline = AnswerPipeline(
-        settings,
-        contract,
-        tokenizer,
-        engine,
-        telemetry=telemetry,
-        comparison=comparison,
-        tracing=tracing,
-    )
+    access = settings.access
+    keys = KeyRing(Path(access.keys_file), telemetry) if access.keys_file else None
+
+    def open_gateway(
+        contract: Contract, tokenizer: ReaderTokenizer, engine: Engine
+    ) -> Gateway:
+        comparison = ComparisonWindow(settings.comparison.window, contract.models)
+        pipeline = AnswerPipeline(
+            settings,
+            contract,
+            tokenizer,
+            engine,
+            telemetry=telemetry,
+            comparison=comparison,
+            tracing=tracing,
+            on_other_build=app.state.reloader.request_retry,
+        )
+        return Gateway(settings, contract, pipeline, telemetry, comparison)
 
     @contextlib.asynccontextmanager
     async def run_lifespan(_app: FastAPI) -> AsyncIterator[None]:
         try:
-            await pipeline.start()
-            yield
+            await app.state.gateway.pipeline.start()
+            async with keys.watch() if keys else contextlib.nullcontext():
+                yield
         finally:
-            await pipeline.close()
+            await app.state.reloader.close()
+            await app.state.gateway.pipeline.close()
             await asyncio.to_thread(tracing.close)
 
     # FastAPI's own page loads its scripts from a CDN: blank where there is no internet.
@@ -123,22 +158,35 @@ def create_app(
             "auto_configure": False,
         },
     )
-    app.state.gateway = Gateway(
-        settings=settings,
-        contract=contract,
-        pipeline=pipeline,
-        telemetry=telemetry,
-        comparison=comparison,
+    app.state.reloader = Reloader(
+        app.state, engine, open_engine=open_engine, open_gateway=open_gateway
     )
+    app.state.gateway = open_gateway(contract, tokenizer, engine)
+    telemetry.read_comparison(app.state.gateway.comparison)
     app.state.plain_paths = frozenset({"/docs", "/openapi.json"})
     app.include_router(routes.router)
     app.include_router(batches.router)
     app.include_router(status.router)
-    app.include_router(build_page_router(load_files()))
+    files = load_files(operator_links=not settings.admin.port)
+    app.include_router(build_page_router(files))
+    # From the innermost out.
+    if keys is not None:
+        app.add_middleware(AccessGate, keys=keys, telemetry=telemetry)
+    if settings.admin.port:
+        app.add_middleware(AddressSplit, admin_port=settings.admin.port)
+    if access.list_origins():
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=access.list_origins(),
+            allow_methods=_CORS_METHODS,
+            allow_headers=_CORS_REQUEST_HEADERS,
+            expose_headers=_CORS_RESPONSE_HEADERS,
+        )
     app.add_middleware(
         RequestEdge,
         telemetry=telemetry,
         max_body_bytes=settings.limits.max_body_bytes,
+        budget=ByteBudget(settings.limits.max_pending_bytes),
         tracing=tracing,
     )
     for kind in (
@@ -151,8 +199,9 @@ def create_app(
     app.openapi = lambda: describe_api(  # type: ignore[method-assign]
         app,
         limits=settings.limits,
-        precisions=pipeline.list_precisions(),
-        default_precision=pipeline.default_precision.value,
+        precisions=app.state.gateway.pipeline.list_precisions(),
+        default_precision=app.state.gateway.pipeline.default_precision.value,
+        keyed=keys is not None,
     )
     return app
 
@@ -187,12 +236,12 @@ class GatewayServer(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
-        pipeline: AnswerPipeline,
+        reloader: Reloader,
         *,
         drain_timeout_s: float,
     ) -> None:
         super().__init__(config)
-        self._pipeline = pipeline
+        self._reloader = reloader
         self._drain_timeout_s = drain_timeout_s
         self._loop = asyncio.get_running_loop()
         self._hurry = asyncio.Event()
@@ -204,7 +253,9 @@ class GatewayServer(uvicorn.Server):
         await drain
 
     async def _drain(self) -> None:
-        drain = asyncio.create_task(self._pipeline.drain(self._drain_timeout_s))
+        await self._reloader.close()
+        pipeline = self._reloader.current.pipeline
+        drain = asyncio.create_task(pipeline.drain(self._drain_timeout_s))
         hurry = asyncio.create_task(self._hurry.wait())
         await asyncio.wait({drain, hurry}, return_when=asyncio.FIRST_COMPLETED)
         hurry.cancel()
@@ -213,7 +264,7 @@ class GatewayServer(uvicorn.Server):
             return
         drain.cancel()
         await asyncio.gather(drain, return_exceptions=True)
-        await self._pipeline.drain(0)
+        await pipeline.drain(0)
         # Uvicorn closes each connection that has its answer. What is left is still
         # sending its request, or does not read.
         await asyncio.sleep(_LAST_WORDS_S)
@@ -225,13 +276,19 @@ class GatewayServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Handle SIGINT and SIGTERM: the first drains, the second fails what is left.
 
-        A third skips the orderly close.
+        A third skips the orderly close. SIGUSR1 reloads a rebuilt model repository.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         handled = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, self.handle_exit) for number in handled}
+        # Not SIGHUP: a terminal that is closed sends it, and means the end.
+        if hasattr(signal, "SIGUSR1"):
+            before[signal.SIGUSR1] = signal.signal(
+                signal.SIGUSR1,
+                lambda *_: self._loop.call_soon_threadsafe(self._reloader.request),
+            )
         try:
             yield
         finally:
@@ -249,8 +306,13 @@ class GatewayServer(uvicorn.Server):
         self.should_exit = True
 
 
-def bind_socket(host: str, port: int) -> socket.socket:
+def bind_socket(host: str, port: int, *, setting: str = "INT8QA_PORT") -> socket.socket:
     """Bind and listen, before anything expensive is started.
+
+    Args:
+        host: a local address.
+        port: 0 for any free one.
+        setting: where the port can be changed, for the message.
 
     Raises:
         ConfigurationError: the address is taken, or not ours.
@@ -261,8 +323,21 @@ def bind_socket(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise ConfigurationError(
             f"cannot listen on {host}:{port}: {error.strerror}. Stop what listens "
-            f"there, or choose another port with INT8QA_PORT"
+            f"there, or choose another port with {setting}"
         ) from error
+
+
+def _bind_admin(settings: Settings, public: socket.socket) -> list[socket.socket]:
+    """The operators' socket, if there is to be one."""
+    host, port = settings.admin.host, settings.admin.port
+    if not port:
+        return []
+    # Requests are told apart by the port.
+    if port == public.getsockname()[1]:
+        raise ConfigurationError(
+            f"INT8QA_ADMIN__PORT and INT8QA_PORT are both {port}; choose two ports"
+        )
+    return [bind_socket(host, port, setting="INT8QA_ADMIN__PORT")]
 
 
 async def run_server(
@@ -275,10 +350,22 @@ async def run_server(
 
     Args:
         app: from ``create_app``.
-        listener: from ``bind_socket``; closed at the end.
+        listener: from ``bind_socket``; closed at the end. The operators' address, if
+            there is one, is bound here.
         on_ready: called once with the base URL, when all models can first be asked.
+
+    Raises:
+        ConfigurationError: the operators' address is taken, or not ours.
     """
     gateway: Gateway = app.state.gateway
+    settings = gateway.settings
+    try:
+        listeners = [listener, *_bind_admin(settings, listener)]
+    except ConfigurationError:
+        listener.close()
+        raise
+    proxies = settings.access.trusted_proxies
+    _tell_exposure(settings)
     drain_timeout_s = gateway.settings.limits.shutdown_timeout_s
     server = GatewayServer(
         uvicorn.Config(
@@ -287,27 +374,53 @@ async def run_server(
             access_log=False,
             server_header=False,
             lifespan="on",
+            http=build_protocol(gateway.settings.limits),
+            ws="none",
+            # Else uvicorn believes any X-Forwarded-For that comes from loopback.
+            proxy_headers=bool(proxies),
+            forwarded_allow_ips=proxies or None,
             # A little longer than the drain, which answers what it cannot finish.
             timeout_graceful_shutdown=math.ceil(drain_timeout_s) + 1,
         ),
-        gateway.pipeline,
+        app.state.reloader,
         drain_timeout_s=drain_timeout_s,
     )
     host, port = listener.getsockname()[:2]
     base_url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     async def announce() -> None:
-        await gateway.pipeline.watch.wait_ready()
+        # Another gateway may take this one's place before it was ever ready.
+        waiting = True
+        while waiting:
+            with contextlib.suppress(asyncio.TimeoutError):
+                ready = app.state.gateway.pipeline.watch.wait_ready()
+                await finish_within(ready, _ANNOUNCE_POLL_S)
+                waiting = False
         if on_ready is not None:
             on_ready(base_url)
 
     announcement = asyncio.create_task(announce())
     try:
-        await server.serve(sockets=[listener])
+        await server.serve(sockets=listeners)
     finally:
         announcement.cancel()
         await asyncio.gather(announcement, return_exceptions=True)
-        listener.close()
+        for one in listeners:
+            one.close()
+
+
+def _tell_exposure(settings: Settings) -> None:
+    """Say who may ask, where that is more than this machine's own."""
+    log, admin = get_logger(), settings.admin
+    if admin.port:
+        log.info("admin_address", host=admin.host, port=admin.port)
+    if not settings.access.keys_file and settings.host not in _LOOPBACK:
+        log.warning(
+            "open_to_all",
+            host=settings.host,
+            hint="whoever reaches this address may ask; INT8QA_ACCESS__KEYS_FILE asks "
+            "for API keys",
+        )
 
 
 def serve(
@@ -335,8 +448,23 @@ def serve(
         settings.model_repository / TOKENIZER_FILENAME
     )
     tracing = open_tracing(settings.tracing)
-    engine = TritonEngine(settings.triton.url, contract, tracing=tracing)
-    app = create_app(settings, contract, tokenizer, engine, tracing=tracing)
+
+    def open_engine(contract: Contract) -> TritonEngine:
+        return TritonEngine(
+            settings.triton.url,
+            contract,
+            control_key=settings.triton.control_key,
+            tracing=tracing,
+        )
+
+    app = create_app(
+        settings,
+        contract,
+        tokenizer,
+        open_engine(contract),
+        open_engine=open_engine,
+        tracing=tracing,
+    )
     if listener is None:
         listener = bind_socket(settings.host, settings.port)
     run_event_loop(run_server(app, listener, on_ready=on_ready))

@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import logging
 import math
+import random
 import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -23,17 +24,22 @@ from numpy.typing import NDArray
 from int8qa.contract import Contract, Precision
 from int8qa.errors import (
     DeadlineExceededError,
+    DeadlineUnreachableError,
     EngineOutputError,
     EngineUnavailableError,
     Int8qaError,
     QueueFullError,
     ShuttingDownError,
 )
+from int8qa.gateway.pace import DrainRate, compute_retry_after_s
 from int8qa.gateway.tracing import NO_TRACING, CallTrace, Tracing
 from int8qa.reader.windows import Window
 from int8qa.settings import BatcherSettings
 
 _log = logging.getLogger(__name__)
+
+MAX_HOLD_S = 1.0
+"""Longest time an abandoned batch counts as in flight: what Triton began, it ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +138,10 @@ class _Bucket:
         """All requests that the next batch could take from."""
         return list(itertools.islice(self._turns, self.batch_sizes[-1]))
 
+    def count_ahead(self, turns: int) -> int:
+        """Windows that go before one more request has had so many turns."""
+        return sum(min(len(lane), turns) for lane in self._lanes.values())
+
     def join(self, request: _Request, lane: deque[int], turn: int) -> None:
         self._lanes[request] = lane
         self._turns[request] = turn
@@ -159,27 +169,14 @@ class _Bucket:
         return rows
 
 
-class _Pace:
-    """Engine time per padded token, an exponential moving average."""
+@dataclass(eq=False, slots=True)
+class _Flight:
+    """A batch inside the engine, and whose windows it holds."""
 
-    def __init__(self) -> None:
-        self._weight = 0.1  # of the newest batch: the last twenty or so matter
-        self._tokens = 0.0
-        self._busy_s = 0.0
-        self._last_answer = -math.inf
-
-    def record(self, tokens: int, dispatched: float, answered: float) -> None:
-        # Calls overlap, the engine's work does not: count from the answer before.
-        busy_s = answered - max(dispatched, self._last_answer)
-        self._last_answer = answered
-        self._tokens += self._weight * (tokens - self._tokens)
-        self._busy_s += self._weight * (busy_s - self._busy_s)
-
-    def estimate_s(self, tokens: int) -> float:
-        """Time for ``tokens``; one second until a batch was measured."""
-        if not self._tokens:
-            return 1.0 if tokens else 0.0
-        return tokens * self._busy_s / self._tokens
+    requests: list[_Request]
+    tokens: int
+    dispatched: float
+    orphaned: bool = False
 
 
 class Batcher:
@@ -208,6 +205,7 @@ class Batcher:
         observer: BatchObserver | None = None,
         tracing: Tracing = NO_TRACING,
         clock: Callable[[], float] = time.monotonic,
+        draw: Callable[[], float] = random.random,
     ) -> None:
         self._precision = precision
         self._contract = contract
@@ -216,6 +214,7 @@ class Batcher:
         self._observer = observer
         self._tracing = tracing
         self._clock = clock
+        self._draw = draw
         budget, sizes = contract.max_batch_tokens, contract.batch_sizes
         self._buckets = {
             s: _Bucket(s, [b for b in sizes if b == 1 or b * s <= budget])
@@ -223,8 +222,8 @@ class Batcher:
         }
         self._turns = itertools.count()
         self._requests: set[_Request] = set()
-        self._in_flight: set[asyncio.Task[None]] = set()
-        self._pace = _Pace()
+        self._in_flight: dict[asyncio.Task[None], _Flight] = {}  # by dispatch
+        self._pace = DrainRate()
         self._closing = False
         self._wake = asyncio.Event()
         self._alarm: asyncio.TimerHandle | None = None
@@ -253,7 +252,7 @@ class Batcher:
     @property
     def drain_s(self) -> float:
         """How long the engine needs for what is queued, at its recent pace."""
-        return self._pace.estimate_s(self.queued_tokens)
+        return self._pace.estimate_s(self.queued_tokens) + self._measure_delay_s()
 
     async def start(self) -> None:
         """Start the supervised task on the running event loop."""
@@ -276,6 +275,7 @@ class Batcher:
         Raises:
             ContractError: at once; a window is longer than the longest bucket.
             QueueFullError: at once; the queue holds as many padded tokens as it may.
+            DeadlineUnreachableError: at once; the queue ahead takes until later.
             ShuttingDownError: at once, or when closing ran out of time.
             DeadlineExceededError: on time, whatever the engine does.
             EngineError: the first failure among the windows' batches.
@@ -284,12 +284,14 @@ class Batcher:
         for index, window in enumerate(windows):
             lane = lanes.setdefault(self._contract.bucket_for(len(window)), deque())
             lane.append(index)
-        self._check_admission(sum(s * len(lane) for s, lane in lanes.items()))
+        tokens = sum(s * len(lane) for s, lane in lanes.items())
+        self._check_admission(tokens)
         if not windows:
             return []
 
         loop, now = asyncio.get_running_loop(), self._clock()
         until = math.inf if deadline is None else deadline
+        self._check_deadline(until - now, len(windows), tokens)
         trace = self._tracing.trace_call(self._precision, len(windows))
         request = _Request(windows, now, until, loop.create_future(), trace)
         timer: asyncio.TimerHandle | None = None
@@ -307,6 +309,8 @@ class Batcher:
                 timer.cancel()
             self._requests.discard(request)
             self._drop(request)
+            if len(request.results) < len(windows):
+                self._cancel_orphans(request)
             trace.end(request.answer)
 
     async def close(self, timeout_s: float) -> None:
@@ -343,10 +347,41 @@ class Batcher:
         if queued and queued + tokens > allowed:
             raise QueueFullError(
                 f"{queued} padded tokens wait for {self._precision} and the request "
-                f"needs {tokens}; allowed are {allowed} together. Ask again in "
-                f"{self.drain_s:.1f} s",
-                retry_after_s=self.drain_s,
+                f"needs {tokens}; allowed are {allowed} together. They take "
+                f"{self.drain_s:.1f} s: ask again then",
+                retry_after_s=compute_retry_after_s(self.drain_s, self._draw),
             )
+
+    def _check_deadline(self, left_s: float, windows: int, tokens: int) -> None:
+        """Refuse what could only be worked on in vain.
+
+        Only behind others: a request alone is tried, or a pace measured in bad times
+        would stand for ever. One that is late already is the timer's.
+        """
+        queued = self.queued_tokens
+        if not (queued and self._pace.measured and 0 < left_s < math.inf):
+            return
+        delay_s = self._measure_delay_s()
+        if delay_s + self._pace.estimate_s(queued + tokens) <= left_s:
+            return
+        # Requests take turns, so that a short one passes most of a long one.
+        ahead = sum(b.length * b.count_ahead(windows) for b in self._buckets.values())
+        needed_s = delay_s + self._pace.estimate_s(ahead + tokens)
+        if needed_s > left_s:
+            raise DeadlineUnreachableError(
+                f"the request has {left_s:.2f} s left, and with {ahead} padded tokens "
+                f"of others before it {self._precision} needs about {needed_s:.2f} s; "
+                f"allow more time, or ask again later",
+                retry_after_s=compute_retry_after_s(self.drain_s, self._draw),
+            )
+
+    def _measure_delay_s(self) -> float:
+        for flight in self._in_flight.values():
+            if not flight.orphaned:
+                return self._pace.measure_delay_s(
+                    self._clock(), flight.dispatched, flight.tokens
+                )
+        return 0.0
 
     # The supervised task: it decides, and never waits for the engine.
 
@@ -354,19 +389,23 @@ class Batcher:
         while True:
             self._wake.clear()
             while batch := self._take_batch():
-                task = asyncio.create_task(self._run_batch(*batch))
-                self._in_flight.add(task)
+                length, rows = batch
+                requests = [request for request, _ in rows]
+                flight = _Flight(requests, length * len(rows), self._clock())
+                task = asyncio.create_task(self._run_batch(length, rows, flight))
+                self._in_flight[task] = flight
                 task.add_done_callback(self._on_batch_end)
             self._set_alarm()
             await self._wake.wait()
 
     def _take_batch(self) -> tuple[int, list[_Row]] | None:
-        if len(self._in_flight) >= self._settings.max_in_flight:
+        occupied = self._count_occupied()
+        if occupied >= self._settings.max_in_flight:
             return None
         now = max(self._clock(), self._alarm_rang)
         for bucket in self._buckets.values():
             self._drop_gone(bucket, now)
-        at_once = self._closing or not self._in_flight
+        at_once = self._closing or not occupied
         wait_s = self._settings.max_wait_s
         ready = [
             b
@@ -379,6 +418,10 @@ class Batcher:
         rows = bucket.take(self._turns)
         self._report_queue()
         return bucket.length, rows
+
+    def _count_occupied(self) -> int:
+        """Batches in flight that somebody waits for."""
+        return sum(not flight.orphaned for flight in self._in_flight.values())
 
     def _drop_gone(self, bucket: _Bucket, now: float) -> None:
         """Clear the next batch of requests that nobody waits for any more.
@@ -398,7 +441,7 @@ class Batcher:
             self._alarm.cancel()
             self._alarm = None
         arrivals = [b.oldest_arrival for b in self._buckets.values() if b.windows]
-        if arrivals and len(self._in_flight) < self._settings.max_in_flight:
+        if arrivals and self._count_occupied() < self._settings.max_in_flight:
             due = min(arrivals) + self._settings.max_wait_s
             self._alarm = asyncio.get_running_loop().call_later(
                 due - self._clock(), self._ring_alarm, due
@@ -421,7 +464,7 @@ class Batcher:
 
     # One task for each batch in flight.
 
-    async def _run_batch(self, length: int, rows: list[_Row]) -> None:
+    async def _run_batch(self, length: int, rows: list[_Row], flight: _Flight) -> None:
         """Assemble, infer, fan out; whatever fails here fails these rows alone."""
         failure: type[Int8qaError] = EngineUnavailableError
         try:
@@ -460,6 +503,12 @@ class Batcher:
                 )
                 error.__cause__ = cause
             self._fail((request for request, _ in rows), error)
+        if flight.orphaned:
+            # Triton drops a batch that waits there; one it has begun it ends, and
+            # tells nobody. It keeps no place, but ``in_flight`` counts it until then.
+            spent_s = self._clock() - flight.dispatched
+            rest_s = self._pace.estimate_s(flight.tokens) - spent_s
+            await asyncio.sleep(min(max(rest_s, 0.0), MAX_HOLD_S))
 
     def _assemble_batch(self, length: int, rows: list[_Row]) -> PaddedBatch:
         shape = (len(rows), length)
@@ -479,8 +528,20 @@ class Batcher:
         return PaddedBatch(input_ids, attention_mask, token_type_ids)
 
     def _on_batch_end(self, task: asyncio.Task[None]) -> None:
-        self._in_flight.discard(task)
+        del self._in_flight[task]
         self._wake.set()
+
+    def _cancel_orphans(self, left: _Request) -> None:
+        """Cancel the batches of a request that left, if nobody else is in them."""
+        for task, flight in self._in_flight.items():
+            if (
+                left in flight.requests
+                and not flight.orphaned
+                and all(request.answer.done() for request in flight.requests)
+            ):
+                flight.orphaned = True
+                task.cancel()
+                self._wake.set()
 
     # Ends without an answer. Each may come second, so a settled request stays as it is.
 

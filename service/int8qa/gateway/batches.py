@@ -23,10 +23,11 @@ from int8qa.gateway.edge import ClientGoneError, run_until_gone
 from int8qa.gateway.logs import describe_exception, get_logger
 from int8qa.gateway.openapi import describe_body, describe_responses
 from int8qa.gateway.problems import INTERNAL, RequestProblemError, describe_problem
+from int8qa.gateway.reload import Gateway
 from int8qa.gateway.routes import (
     ANSWER_PROBLEMS,
-    Gateway,
     JsonResponse,
+    RequestTimeout,
     build_query,
     compute_deadline,
     dump_outcome,
@@ -54,7 +55,9 @@ router = APIRouter()
     responses=describe_responses("BatchResponse", *ANSWER_PROBLEMS),
     openapi_extra=describe_body("BatchRequest"),
 )
-async def post_answers(request: Request) -> Response:
+async def post_answers(
+    request: Request, x_request_timeout: RequestTimeout = None
+) -> Response:
     """Answer each item by itself: a bad one gets its own problem, the rest answers.
 
     With `Accept: application/x-ndjson` each item is one line, sent as it completes.
@@ -63,7 +66,7 @@ async def post_answers(request: Request) -> Response:
     with contextlib.ExitStack() as stack:
         stack.enter_context(gateway.pipeline.admit())
         gateway.pipeline.watch.require_any()
-        deadline = compute_deadline(gateway)
+        deadline = compute_deadline(gateway, x_request_timeout)
         body = await read_body(request, schemas.BatchRequest, gateway, deadline)
         record = get_record(request)
         record.items = len(body.items)

@@ -19,7 +19,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from int8qa.errors import InputTooLargeError
+from int8qa.errors import InputTooLargeError, QueueFullError
+from int8qa.gateway.budget import ByteBudget
 from int8qa.gateway.logs import describe_exception, get_logger
 from int8qa.gateway.problems import CLIENT_CLOSED_REQUEST, Problem, describe_problem
 from int8qa.gateway.telemetry import (
@@ -44,7 +45,17 @@ SECURITY_HEADERS = {
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
+    # Answers are made of the client's text. Files with a tag say otherwise themselves.
+    "Cache-Control": "no-store",
 }
+
+_DATA_POLICY = "default-src 'none'; frame-ancestors 'none'"
+_DOCS_POLICY = (
+    # FastAPI writes /docs with one script in it, and Swagger UI its styles.
+    "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' "
+    "'unsafe-inline'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
+)
 
 
 class ClientGoneError(Exception):
@@ -60,12 +71,14 @@ class RequestEdge:
         *,
         telemetry: Telemetry,
         max_body_bytes: int,
+        budget: ByteBudget,
         tracing: Tracing = NO_TRACING,
     ) -> None:
         self._app = app
         self._telemetry = telemetry
         self._tracing = tracing
         self._max_body_bytes = max_body_bytes
+        self._budget = budget
         self._log = get_logger()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,7 +93,7 @@ class RequestEdge:
         )
         scope.setdefault("state", {})["record"] = record
         trace = self._tracing.trace_request(scope)
-        body = _BoundedBody(receive, headers, self._max_body_bytes)
+        body = _BoundedBody(receive, headers, self._max_body_bytes, self._budget)
 
         send_decorated = _decorate_send(send, record, body)
         try:
@@ -99,6 +112,7 @@ class RequestEdge:
                 response = problem.to_response(record.request_id)
                 await response(scope, receive, send_decorated)
         finally:
+            body.release()
             record.route = _label_route(scope)
             seconds = time.monotonic() - started
             trace.end(record)
@@ -174,12 +188,16 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 class _BoundedBody:
     """A request's body, counted while it is read."""
 
-    def __init__(self, receive: Receive, headers: Headers, limit: int) -> None:
+    def __init__(
+        self, receive: Receive, headers: Headers, limit: int, budget: ByteBudget
+    ) -> None:
         self._receive = receive
         self._declared = headers.get("content-length", "")
         # Such a client waits for leave to send, and will not get it.
         self._waits = "expect" in headers
         self._limit = limit
+        self._budget = budget
+        self._held = 0
         self._received = 0
         self._refused = False
 
@@ -188,6 +206,7 @@ class _BoundedBody:
 
         Raises:
             InputTooLargeError: more is declared, or was sent, than is allowed.
+            QueueFullError: all requests together hold too much.
         """
         if self._declared.isdecimal() and int(self._declared) > self._limit:
             self._refused = True
@@ -198,7 +217,21 @@ class _BoundedBody:
             if self._received > self._limit:
                 self._refused = True
                 raise _build_too_large(f"more than {self._limit} bytes", self._limit)
+            self._hold(len(message.get("body", b"")))
         return message
+
+    def _hold(self, count: int) -> None:
+        try:
+            self._budget.take(count)
+        except QueueFullError:
+            self._refused = True
+            raise
+        self._held += count
+
+    def release(self) -> None:
+        """The request is over: give back what its body took."""
+        self._budget.give_back(self._held)
+        self._held = 0
 
     @property
     def refused(self) -> bool:
@@ -230,7 +263,12 @@ def _decorate_send(send: Send, record: RequestRecord, body: _BoundedBody) -> Sen
             headers = MutableHeaders(scope=message)
             headers["X-Request-Id"] = record.request_id
             for name, value in SECURITY_HEADERS.items():
-                headers.setdefault(name, value)
+                if name != "Cache-Control" or "ETag" not in headers:
+                    headers.setdefault(name, value)
+            is_html = headers.get("Content-Type", "").startswith("text/html")
+            headers.setdefault(
+                "Content-Security-Policy", _DOCS_POLICY if is_html else _DATA_POLICY
+            )
             if record.stages is not None:
                 headers["Server-Timing"] = _format_timing(record)
         elif body.refused and not message.get("more_body"):
@@ -258,6 +296,8 @@ def _list_log_fields(record: RequestRecord, seconds: float) -> dict[str, object]
         "status": record.status,
         "outcome": record.outcome,
         "problem": record.problem,
+        "key": record.key,
+        "client": record.client,
         "precision": None if record.precision == NO_PRECISION else record.precision,
         "items": record.items,
         "windows": record.windows or None,

@@ -50,6 +50,20 @@ class Engine(Protocol):
             EngineUnavailableError: the server cannot be reached.
         """
 
+    async def load(self, precision: Precision) -> None:
+        """Have the server load the model; those it serves go on.
+
+        Raises:
+            ModelLoadError: it refused or failed; says why.
+        """
+
+    async def unload(self, precision: Precision) -> None:
+        """Have the server give the model up.
+
+        Raises:
+            ModelLoadError: it refused or failed; says why.
+        """
+
     async def infer(
         self, precision: Precision, batch: PaddedBatch, timeout_s: float | None
     ) -> BatchLogits:
@@ -69,9 +83,10 @@ def find_rebuild(repository: Path, contract: Contract) -> str | None:
     """Why a model repository is not the one ``contract`` came from, None if it is.
 
     Models of two builds may agree in names and types, and yet need another tokenizer.
-    Nothing is known of a repository that is not on this machine: None.
+    Where the models themselves say whose they are, the repository is not asked. Nothing
+    is known of one that is not on this machine: None.
     """
-    if not repository.is_dir():
+    if contract.generation or not repository.is_dir():
         return None
     try:
         found = load_contract(repository)
@@ -95,7 +110,8 @@ class ReadinessWatch:
     An engine that comes back may have loaded another build meanwhile, so while any
     model is lost, ``find_rebuild`` is asked too, in a thread, and what it returns keeps
     the models unready. An engine that never left still has what it loaded: it serves
-    on beside a repository that is being rebuilt.
+    on beside a repository that is being rebuilt. One that answers, but not with the
+    models of the contract, has another build: ``on_other_build`` is told each time.
     """
 
     def __init__(
@@ -105,11 +121,13 @@ class ReadinessWatch:
         *,
         probe_interval_s: float,
         find_rebuild: Callable[[], str | None] = lambda: None,
+        on_other_build: Callable[[], None] = lambda: None,
         on_change: Callable[[Precision, bool], None] = lambda _precision, _ready: None,
     ) -> None:
         self._engine = engine
         self._interval_s = probe_interval_s
         self._find_rebuild = find_rebuild
+        self._on_other_build = on_other_build
         self._on_change = on_change
         self._faults: dict[Precision, str | None] = dict.fromkeys(
             contract.models, "not probed yet"
@@ -124,7 +142,8 @@ class ReadinessWatch:
         self._task = asyncio.create_task(self._run(), name="readiness-watch")
 
     async def close(self) -> None:
-        """Stop probing."""
+        """Stop probing, and tell nobody any more."""
+        self._on_change = lambda _precision, _ready: None
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -195,9 +214,14 @@ class ReadinessWatch:
                 if reconnecting:
                     fault = await asyncio.to_thread(self._find_rebuild)
             else:
-                fault = f"Triton is there, but {precision.model_name} is not loaded"
+                fault = (
+                    f"Triton is there, but {precision.model_name} of this build is not "
+                    f"loaded"
+                )
+                self._on_other_build()
         except ContractError as error:
             fault = f"not the model of the contract: {error}"
+            self._on_other_build()
         except Int8qaError as error:
             fault = str(error)
         except Exception as error:  # noqa: BLE001 - the watch outlives every probe

@@ -27,6 +27,7 @@ _MEDIA_TYPES: Mapping[str, str] = {
     "ask.js": "text/javascript; charset=utf-8",
     "charts.js": "text/javascript; charset=utf-8",
     "dom.js": "text/javascript; charset=utf-8",
+    "key.js": "text/javascript; charset=utf-8",
     "gateway.js": "text/javascript; charset=utf-8",
     "live.js": "text/javascript; charset=utf-8",
     "models.js": "text/javascript; charset=utf-8",
@@ -66,8 +67,11 @@ class PageFile:
     etag: str
 
 
-def load_files() -> dict[str, PageFile]:
+def load_files(*, operator_links: bool = True) -> dict[str, PageFile]:
     """Read every file of the page, by name.
+
+    Args:
+        operator_links: whether it may lead to what operators may have to themselves.
 
     Raises:
         FileNotFoundError: the installation lacks one.
@@ -76,6 +80,9 @@ def load_files() -> dict[str, PageFile]:
     files = {}
     for name, media_type in _MEDIA_TYPES.items():
         content = (static / name).read_bytes()
+        if name == PAGE_NAME and not operator_links:
+            lines = content.splitlines(keepends=True)
+            content = b"".join(line for line in lines if b"data-operator" not in line)
         etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
         files[name] = PageFile(content, media_type, etag)
     return files

@@ -114,6 +114,7 @@ class AnswerPipeline:
         telemetry: Telemetry,
         comparison: ComparisonWindow,
         tracing: Tracing = NO_TRACING,
+        on_other_build: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.default_precision = resolve_default_precision(settings, contract)
@@ -131,6 +132,7 @@ class AnswerPipeline:
             find_rebuild=functools.partial(
                 find_rebuild, settings.model_repository, contract
             ),
+            on_other_build=on_other_build,
             on_change=self._on_readiness,
         )
         self._settings = settings
@@ -207,6 +209,13 @@ class AnswerPipeline:
         await self._engine.close()
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def show_state(self) -> None:
+        """Tell telemetry, which another pipeline spoke to before, how things stand."""
+        for precision in self._contract.models:
+            ready = self.watch.is_ready(precision)
+            self._telemetry.set_model_ready(precision, ready=ready)
+        self._telemetry.set_serving(self._serving)
 
     @property
     def draining(self) -> bool:

@@ -23,6 +23,7 @@ from int8qa.errors import (
     ConfigurationError,
     ContractError,
     DeadlineExceededError,
+    DeadlineUnreachableError,
     EmbeddedTritonError,
     EngineError,
     EngineOutputError,
@@ -68,6 +69,7 @@ MEDIA_TYPE = ProblemKind(
 )
 INVALID = ProblemKind(422, "invalid", "Invalid request", "invalid", "invalid")
 TOO_LARGE = ProblemKind(413, "too-large", "Too large", "invalid", "too_large")
+LATE_BODY = ProblemKind(408, "request-timeout", "Request timeout", "timeout")
 INTERNAL = ProblemKind(500, "internal", "Internal error", "error")
 
 PROBLEMS: dict[type[Int8qaError], ProblemKind] = {
@@ -81,6 +83,9 @@ PROBLEMS: dict[type[Int8qaError], ProblemKind] = {
     ),
     QueueFullError: ProblemKind(
         429, "queue-full", "Queue full", "overloaded", "queue_full"
+    ),
+    DeadlineUnreachableError: ProblemKind(
+        503, "deadline-unreachable", "Deadline unreachable", "overloaded", "deadline"
     ),
     ShuttingDownError: ProblemKind(
         503, "shutting-down", "Shutting down", "overloaded", "shutting_down"

@@ -8,7 +8,6 @@ sent is what ``schemas`` documents and nothing is serialized twice.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import orjson
@@ -24,20 +23,18 @@ from int8qa.errors import (
 )
 from int8qa.gateway import schemas
 from int8qa.gateway.bodies import read_model
-from int8qa.gateway.comparison import ComparisonWindow
 from int8qa.gateway.edge import run_until_gone
 from int8qa.gateway.openapi import describe_body, describe_responses
-from int8qa.gateway.pipeline import AnswerPipeline
 from int8qa.gateway.problems import (
-    ProblemKind,
+    LATE_BODY,
     RequestProblemError,
 )
 from int8qa.gateway.query import PAIR, Outcome, PrecisionChoice, Query, Run
-from int8qa.gateway.telemetry import RequestRecord, StageSeconds, Telemetry
+from int8qa.gateway.reload import Gateway
+from int8qa.gateway.telemetry import RequestRecord, StageSeconds
 from int8qa.gateway.waiting import finish_within
 from int8qa.reader.spans import MAX_ANSWER_TOKENS, Span
 from int8qa.reader.windows import DOC_STRIDE_TOKENS, MAX_WINDOW_TOKENS
-from int8qa.settings import Settings
 
 _HF_FIELDS = {
     "question": "inputs.question",
@@ -48,17 +45,6 @@ _HF_FIELDS = {
     "max_question_tokens": "parameters.max_question_len",
     "max_window_tokens": "parameters.max_seq_len",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Gateway:
-    """What the routes work with; ``app.state.gateway``."""
-
-    settings: Settings
-    contract: Contract
-    pipeline: AnswerPipeline
-    telemetry: Telemetry
-    comparison: ComparisonWindow
 
 
 def get_gateway(request: Request) -> Gateway:
@@ -73,7 +59,18 @@ def get_record(request: Request) -> RequestRecord:
     return record
 
 
-ANSWER_PROBLEMS = (400, 413, 415, 422, 429, 502, 503, 504)
+ANSWER_PROBLEMS = (400, 408, 413, 415, 422, 429, 502, 503, 504)
+
+RequestTimeout = Annotated[
+    float | None,
+    Header(
+        alias="X-Request-Timeout",
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds the client will wait; the service's own limit, if less. "
+        "What cannot be answered by then is refused or dropped",
+    ),
+]
 
 router = APIRouter()
 
@@ -88,11 +85,13 @@ router = APIRouter()
     responses=describe_responses("AnswerResponse", *ANSWER_PROBLEMS),
     openapi_extra=describe_body("AnswerRequest"),
 )
-async def post_answer(request: Request) -> Response:
+async def post_answer(
+    request: Request, x_request_timeout: RequestTimeout = None
+) -> Response:
     """Find the answer to a question in a text of any length."""
     gateway = get_gateway(request)
     with gateway.pipeline.admit():
-        deadline = compute_deadline(gateway)
+        deadline = compute_deadline(gateway, x_request_timeout)
         body = await read_body(request, schemas.AnswerRequest, gateway, deadline)
         record = get_record(request)
         query = build_query(gateway, body, record.request_id)
@@ -130,13 +129,14 @@ async def post_hf(
     x_precision: Annotated[
         str | None, Header(description="likewise; the query parameter wins")
     ] = None,
+    x_request_timeout: RequestTimeout = None,
 ) -> Response:
     """Speak to `huggingface_hub.InferenceClient(model="http://…")` unchanged.
 
     Semantics and defaults are those of the former transformers pipeline. `top_k` 1
     gives an object, more gives a list.
     """
-    return await _answer_hf(request, precision or x_precision)
+    return await _answer_hf(request, precision or x_precision, x_request_timeout)
 
 
 @router.post(
@@ -170,12 +170,14 @@ async def post_hf_model(
     x_precision: Annotated[
         str | None, Header(description="likewise; the query parameter wins")
     ] = None,
+    x_request_timeout: RequestTimeout = None,
 ) -> Response:
     """As `POST /`. The id is the checkpoint's, its last part, or `qa_<precision>`."""
     contract = get_gateway(request).contract
     named = resolve_model(contract, model_id)
     asked = precision or x_precision
-    return await _answer_hf(request, asked or (named.value if named else None))
+    name = asked or (named.value if named else None)
+    return await _answer_hf(request, name, x_request_timeout)
 
 
 # Requests to queries.
@@ -249,10 +251,12 @@ def resolve_model(contract: Contract, model_id: str) -> Precision | None:
     raise UnknownModelError(f"no such model; served here: {', '.join(served)}")
 
 
-async def _answer_hf(request: Request, precision: str | None) -> Response:
+async def _answer_hf(
+    request: Request, precision: str | None, timeout_s: float | None
+) -> Response:
     gateway = get_gateway(request)
     with gateway.pipeline.admit():
-        deadline = compute_deadline(gateway)
+        deadline = compute_deadline(gateway, timeout_s)
         body = await read_body(request, schemas.HfRequest, gateway, deadline)
         record = get_record(request)
         choice = gateway.pipeline.choose_precision(precision)
@@ -284,25 +288,27 @@ async def read_body(
     gateway: Gateway,
     deadline: float,
 ) -> Any:
-    """Read and check a request's body before its deadline.
+    """Read and check a request's body before its deadline, and in its own time.
 
     Raises:
         RequestProblemError: it is malformed, invalid or late.
         InputTooLargeError: it is larger than a body may be.
     """
-    remaining_s = deadline - gateway.pipeline.clock()
+    remaining_s = min(
+        deadline - gateway.pipeline.clock(), gateway.settings.limits.receive_timeout_s
+    )
     try:
         return await finish_within(read_model(request, model), remaining_s)
     except asyncio.TimeoutError:
         raise RequestProblemError(
-            ProblemKind(408, "request-timeout", "Request timeout", "timeout"),
-            "the body did not arrive before the request's deadline",
+            LATE_BODY, f"the body did not arrive within {max(remaining_s, 0):.3g} s"
         ) from None
 
 
-def compute_deadline(gateway: Gateway) -> float:
+def compute_deadline(gateway: Gateway, asked_s: float | None) -> float:
     """When a request that comes now must be answered, on the pipeline's clock."""
-    return gateway.pipeline.clock() + gateway.settings.limits.request_timeout_s
+    allowed_s = gateway.settings.limits.request_timeout_s
+    return gateway.pipeline.clock() + min(asked_s or allowed_s, allowed_s)
 
 
 class JsonResponse(Response):

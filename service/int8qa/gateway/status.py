@@ -19,7 +19,8 @@ from int8qa.gateway.comparison import (
 )
 from int8qa.gateway.openapi import describe_responses
 from int8qa.gateway.problems import FieldFault, Problem, ProblemKind
-from int8qa.gateway.routes import Gateway, JsonResponse, get_gateway, get_record
+from int8qa.gateway.reload import Gateway
+from int8qa.gateway.routes import JsonResponse, get_gateway, get_record
 
 _NOT_READY = ProblemKind(503, "not-ready", "Not ready", "unavailable")
 

@@ -46,6 +46,8 @@ SKIP_REASONS = ("busy", "capacity", "too_long")
 STAGES = ("tokenize", "queue", "inference", "decode")
 NO_PRECISION = "none"
 """Precision label of requests that never got as far as choosing one."""
+NO_KEY = "-"
+"""Key label of requests without a good one; no key may have this name."""
 OTHER_ROUTE = "other"
 """Route label of every path that is no route of ours."""
 
@@ -86,6 +88,10 @@ class RequestRecord:
     question_chars: int = 0
     context_chars: int = 0
     stages: StageSeconds | None = None
+    key: str | None = None
+    """Name of the API key it came with, never the key."""
+    client: str | None = None
+    """Address of whoever came without a good key, where keys are asked for."""
     failure: list[str] | None = None
     """For the log: what went wrong on our side, without a text of a user."""
 
@@ -247,7 +253,18 @@ class Telemetry:
             ("precision",),
             registry=self.registry,
         )
-        self._precisions = tuple(contract.models)
+        self._key_requests_total = Counter(
+            "int8qa_key_requests_total",
+            "Requests that need an API key, by the key's name and what became of them",
+            ("key", "result"),
+            registry=self.registry,
+        )
+        self._key_file_sound = Gauge(
+            "int8qa_key_file_sound",
+            "0 while the file of API keys is unusable and the keys before hold, else 1",
+            registry=self.registry,
+        )
+        self._key_file_sound.set(1)
         self._queued: dict[Precision, int] = {}
 
         self._comparison_speedup_ratio.set(float("nan"))
@@ -259,6 +276,19 @@ class Telemetry:
         for fit in (Precision.INT8, Precision.FP16):
             self._guard_switches_total.labels(fit.value)
             self._comparison_latency_seconds.labels(fit.value)
+        self.show_contract(contract)
+
+    def show_contract(self, contract: Contract) -> None:
+        """Say what is served, and no longer what was before."""
+        self._precisions = tuple(contract.models)
+        self._guard_tripped.set(0)
+        for of_model in (
+            self._model_info,
+            self._model_f1,
+            self._model_ready,
+            self._serving_precision,
+        ):
+            of_model.clear()
         for precision, model in contract.models.items():
             self._model_info.labels(
                 precision=precision.value,
@@ -358,6 +388,12 @@ class Telemetry:
 
     def count_rejection(self, reason: str) -> None:
         self._rejected_total.labels(reason).inc()
+
+    def count_key_request(self, key: str | None, result: str) -> None:
+        self._key_requests_total.labels(key or NO_KEY, result).inc()
+
+    def set_key_file(self, *, sound: bool) -> None:
+        self._key_file_sound.set(1 if sound else 0)
 
     def set_inflight(self, requests: int) -> None:
         self._inflight_requests.set(requests)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import struct
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from tritonclient.grpc import aio as triton_grpc
 from tritonclient.utils import InferenceServerException
 
 from int8qa.contract import (
+    BUILD_ID_PARAMETER,
     END_LOGITS,
     INPUT_DATATYPE,
     START_LOGITS,
@@ -29,12 +31,19 @@ from int8qa.errors import (
     EngineOutputError,
     EngineUnavailableError,
     Int8qaError,
+    ModelLoadError,
 )
 from int8qa.gateway.batcher import BatchLogits, PaddedBatch
 from int8qa.gateway.tracing import NO_TRACING, Tracing
 
 PROBE_TIMEOUT_S = 2.0
 """How long a probe may take before Triton counts as hung."""
+
+_CONTROL_TIMEOUT_S = 600.0
+"""For loading a model: plans of large readers take minutes to warm up."""
+
+CONTROL_HEADER = "triton-grpc-protocol-int8qa-control"
+"""Source: Triton's --grpc-restricted-protocol, which prefixes the key's name."""
 
 _MAX_MESSAGE_BYTES = 256 * 2**20
 _MAX_DETAIL_CHARS = 300
@@ -90,18 +99,25 @@ class TritonEngine:
     """The models of one Triton, reached through one gRPC channel."""
 
     def __init__(
-        self, url: str, contract: Contract, *, tracing: Tracing = NO_TRACING
+        self,
+        url: str,
+        contract: Contract,
+        *,
+        control_key: str = "",
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         self._url = url
         self._contract = contract
+        self._control_headers = {CONTROL_HEADER: control_key} if control_key else None
         self._tracing = tracing
         self._client: Any = None
 
     async def connect(self) -> None:
         """Open the channel; gRPC connects, and reconnects, by itself."""
-        self._client = triton_grpc.InferenceServerClient(
-            url=self._url, channel_args=list(CHANNEL_ARGUMENTS)
-        )
+        if self._client is None:
+            self._client = triton_grpc.InferenceServerClient(
+                url=self._url, channel_args=list(CHANNEL_ARGUMENTS)
+            )
 
     async def close(self) -> None:
         """Close the channel."""
@@ -118,7 +134,8 @@ class TritonEngine:
         with self._map_probe_errors():
             return bool(
                 await self._require_client().is_model_ready(
-                    precision.model_name, client_timeout=PROBE_TIMEOUT_S
+                    self._contract.triton_name(precision),
+                    client_timeout=PROBE_TIMEOUT_S,
                 )
             )
 
@@ -126,19 +143,55 @@ class TritonEngine:
         """Hold Triton's metadata of a model to the contract.
 
         Raises:
-            ContractError: names or types of tensors differ.
+            ContractError: the build, or names or types of tensors differ.
             EngineUnavailableError: Triton is not reachable, or hangs.
         """
+        name = self._contract.triton_name(precision)
         with self._map_probe_errors():
-            metadata = await self._require_client().get_model_metadata(
-                precision.model_name, client_timeout=PROBE_TIMEOUT_S
+            client = self._require_client()
+            metadata = await client.get_model_metadata(
+                name, client_timeout=PROBE_TIMEOUT_S
             )
+            answer = await client.get_model_config(name, client_timeout=PROBE_TIMEOUT_S)
         check_model_tensors(
             self._contract,
             precision,
             inputs=[(tensor.name, tensor.datatype) for tensor in metadata.inputs],
             outputs=[(tensor.name, tensor.datatype) for tensor in metadata.outputs],
+            build_id=answer.config.parameters[BUILD_ID_PARAMETER].string_value,
         )
+
+    async def load(self, precision: Precision) -> None:
+        """Have Triton load a model, beside those it serves; returns once it is ready.
+
+        Raises:
+            ModelLoadError: Triton refused or failed; says why.
+        """
+        await self._control(precision, "load")
+
+    async def unload(self, precision: Precision) -> None:
+        """Have Triton give a model up once its last batch is answered.
+
+        Raises:
+            ModelLoadError: Triton refused or failed; says why.
+        """
+        await self._control(precision, "unload")
+
+    async def _control(self, precision: Precision, action: str) -> None:
+        name = self._contract.triton_name(precision)
+        client = self._require_client()
+        act = client.load_model if action == "load" else client.unload_model
+        try:
+            await act(
+                name, headers=self._control_headers, client_timeout=_CONTROL_TIMEOUT_S
+            )
+        except (InferenceServerException, grpc.RpcError, grpc.aio.UsageError) as error:
+            detail = " ".join(str(error).split())[:_MAX_DETAIL_CHARS]
+            raise ModelLoadError(
+                f"Triton at {self._url} did not {action} {name}: {detail}. Its log "
+                f"says more; a Triton that runs on its own must have been started with "
+                f"this gateway's INT8QA_TRITON__CONTROL_KEY"
+            ) from error
 
     async def infer(
         self, precision: Precision, batch: PaddedBatch, timeout_s: float | None
@@ -151,7 +204,7 @@ class TritonEngine:
             EngineOutputError: Triton refused the batch or answered nonsense.
         """
         client = self._require_client()
-        model_name = precision.model_name
+        model_name = self._contract.triton_name(precision)
         with (
             self._tracing.trace_triton(self._url, model_name) as metadata,
             map_triton_errors(self._url),
@@ -181,7 +234,7 @@ class TritonEngine:
             if array is None or array.dtype != np.float32:
                 found = "nothing" if array is None else array.dtype.name
                 raise EngineOutputError(
-                    f"Triton returned {found} for {name} of {precision.model_name}; "
+                    f"Triton returned {found} for {name} of {model_name}; "
                     f"expected float32. Rebuild the model repository"
                 )
         return BatchLogits(start=start, end=end)
@@ -229,7 +282,7 @@ def map_triton_errors(url: str) -> Iterator[None]:
         raise EngineUnavailableError(
             f"the channel to Triton at {url} was closed during a call"
         ) from error
-    except (AttributeError, KeyError, ValueError, TypeError) as error:
+    except (AttributeError, KeyError, ValueError, TypeError, struct.error) as error:
         # tritonclient unpacks responses unchecked.
         raise EngineOutputError(
             f"the answer of Triton at {url} could not be read ({type(error).__name__})"
