@@ -23,9 +23,9 @@ MANIFEST_KEY = "tensorrt"
 """Of the manifest's part about plans; its ``lock`` is an :class:`EngineLock`."""
 NGC_RELEASE = "26.10"
 """NGC release of every image, by NVIDIA's numbering that of tritonclient 2.74. That the
-image exists, and what TensorRT it has, could not be tried here. One value for builder and
-server; images of one month have shipped different TensorRT builds all the same: the lock,
-not the month, decides."""
+image exists, and what TensorRT it has, could not be tried here. One value for builder
+and server; images of one month have shipped different TensorRT builds all the same: the
+lock, not the month, decides."""
 _TENSORRT_VARIABLE = "TRT_VERSION"
 _CUDA_VARIABLE = "CUDA_VERSION"
 _TRITON_VARIABLE = "NVIDIA_TRITON_SERVER_VERSION"
