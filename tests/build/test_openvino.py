@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from int8qa.build.engines.openvino import (
     compile_graph,
     save_ir,
 )
+from int8qa.build.engines.signal_stack import read_signal_stack
 from int8qa.contract import ATTENTION_MASK, Precision
 from int8qa.errors import EnginePrecisionError, ExportError
 from tests.build.tiny import Graphs, make_reader, random_feed, run_onnx
@@ -178,3 +181,26 @@ def test_hint(graphs: Graphs, tmp_path: Path) -> None:
     assert errors[0] <= 1.0
     halves = {"FP16", "BF16"} & set(usual.execution.capabilities)
     assert (errors[0] != errors[1]) == bool(halves)
+
+
+def test_stack_for_signals_stays_ours(graphs: Graphs, tmp_path: Path) -> None:
+    """An engine leaves no stack behind that is freed with it, maybe elsewhere."""
+    graph = onnx.load_from_string(graphs.float_clean)
+    path, _ = save_ir(graph, tmp_path, Precision.FP32)
+    before = read_signal_stack()
+    engine = OpenVinoEngine(path, Precision.FP32)
+    after = read_signal_stack()
+    assert before is not None
+    assert after is not None
+    assert (after.address, after.flags) == (before.address, before.flags)
+    thread = threading.Thread(target=lambda engines: engines.clear(), args=[[engine]])
+    del engine
+    thread.start()
+    thread.join()
+    caught = []
+    usual = signal.signal(signal.SIGUSR2, lambda number, _: caught.append(number))
+    try:
+        signal.raise_signal(signal.SIGUSR2)
+    finally:
+        signal.signal(signal.SIGUSR2, usual)
+    assert caught == [signal.SIGUSR2]

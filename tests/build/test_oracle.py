@@ -31,6 +31,7 @@ from int8qa.build.calibration import Calibrator, set_ranges
 from int8qa.build.census import take_census
 from int8qa.build.checkpoint import demo_checkpoint_directory, resolve_checkpoint
 from int8qa.build.engines.openvino import OpenVinoEngine, save_ir
+from int8qa.build.engines.signal_stack import keep_signal_stack
 from int8qa.build.quantization import RECIPES
 from int8qa.build.quantized import QuantizedReader
 from int8qa.build.subject import QuestionSources, Subject, load_subject
@@ -238,11 +239,12 @@ def cut_blocks(quantized: Quantized) -> Cut:
     for begin, end in zip(begins, ends, strict=True):
         part = extractor.extract_model(begin, end)
         converted = core.read_model(part.SerializeToString())
-        compiled = core.compile_model(
-            converted,
-            "CPU",
-            {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"},
-        )
+        with keep_signal_stack():
+            compiled = core.compile_model(
+                converted,
+                "CPU",
+                {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"},
+            )
         segments.append(compiled)
     return Cut(quantized, make_session(observed), modules, tensors, segments)
 

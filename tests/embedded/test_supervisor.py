@@ -232,7 +232,7 @@ async def test_unreadable_process_table_is_no_death(
 ) -> None:
     """Out of file descriptors we cannot see the stubs; their Triton lives on."""
     run = supervisor_module._TritonRun(shm_prefix="p-", stop_timeout_s=1.0)
-    run._stubs = [1]
+    run._stubs = {1: "qa_int8"}
     looks = []
 
     def fail_to_look(pid: int) -> None:
@@ -245,7 +245,7 @@ async def test_unreadable_process_table_is_no_death(
     monkeypatch.setattr(guard, "read_process", fail_to_look)
     monkeypatch.setattr(run, "_describe_exit", lambda: "exit status 7")
 
-    assert await asyncio.wait_for(run.wait_failed(), LIMIT_S) == (
+    assert await asyncio.wait_for(run.wait_failed("127.0.0.1:9"), LIMIT_S) == (
         "tritonserver ended (exit status 7)"
     )
     assert looks == [1, 1, 1]

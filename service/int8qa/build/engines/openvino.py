@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from int8qa.build.engines.signal_stack import keep_signal_stack
 from int8qa.contract import (
     ATTENTION_MASK,
     END_LOGITS,
@@ -137,14 +138,15 @@ class OpenVinoEngine:
     ) -> None:
         openvino = _import_openvino()
         core = openvino.Core()
-        self._compiled = core.compile_model(
-            core.read_model(path),
-            "CPU",
-            {
-                "INFERENCE_PRECISION_HINT": hint or PRECISION_HINTS[precision],
-                "PERFORMANCE_HINT": "LATENCY",
-            },
-        )
+        with keep_signal_stack():
+            self._compiled = core.compile_model(
+                core.read_model(path),
+                "CPU",
+                {
+                    "INFERENCE_PRECISION_HINT": hint or PRECISION_HINTS[precision],
+                    "PERFORMANCE_HINT": "LATENCY",
+                },
+            )
         self._request = self._compiled.create_infer_request()
         # A port keeps the names of idle operators behind it as well (RoBERTa's cast
         # of its token ids), and `any_name` may be one of these.
