@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test check gpu-check bench golden lock settings boards compose-test soak sbom clean
+.PHONY: help install up test test-all check gpu-check bench golden lock settings boards compose-test soak audit sbom clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -15,7 +15,10 @@ install: ## create .venv and install everything, pinned
 up: install ## build the demo models if need be, start Triton and the gateway on 127.0.0.1:8080
 	@exec $(BIN)/int8qa up
 
-test: install ## the whole test suite
+test: install ## the tests, but for the slow ones
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-all: install ## all tests; plans are built if tensorrt-rtx is installed
 	@$(BIN)/python -m pytest
 
 check: install ## formatting, lint, types, import rules, generated docs
@@ -26,6 +29,8 @@ check: install ## formatting, lint, types, import rules, generated docs
 	@$(BIN)/python scripts/generate_settings_table.py --check
 	@$(BIN)/python scripts/generate_boards.py --check
 	@$(BIN)/python scripts/list_licenses.py --check
+
+audit: install ## the lock held to the database of known vulnerabilities
 	@$(BIN)/python scripts/supply_chain.py audit
 
 soak: install ## 20 minutes of mixed traffic on a running gateway (PID=… of it), with a plot

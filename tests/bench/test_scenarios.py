@@ -59,6 +59,7 @@ def make_options(url: str, question_file: Path, **changes: Any) -> LoadOptions:
     )
 
 
+@pytest.mark.slow
 def test_all_scenarios(question_file: Path) -> None:
     """Two precisions through all three: figures from LoadGen, its files kept."""
     said: list[str] = []

@@ -268,7 +268,11 @@ FP32. Measured: 0.30 (linear), 0.37 (linear, smoothed), 0.39 (full). Torch in fl
 against float32: 0.19, 0.35, 0.31."""
 END_TO_END_AGREEMENT = 0.85
 """Measured: 0.95, 1.0, 0.925. Torch in float64 against float32: 0.975, 0.95, 0.95."""
-VARIANTS = (("linear", False), ("linear", True), ("full", False))
+VARIANTS = (
+    pytest.param("linear", False, marks=pytest.mark.slow),
+    ("linear", True),
+    pytest.param("full", False, marks=pytest.mark.slow),
+)
 
 
 @pytest.fixture(scope="module")

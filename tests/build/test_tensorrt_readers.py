@@ -44,6 +44,7 @@ def make_base() -> object:
     return BertForQuestionAnswering(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "recipe", "layers", "channels", "capabilities"),
     [

@@ -140,7 +140,7 @@ async def test_rebuilt_repository_keeps_the_gateway_unready(tokenizer, tmp_path)
         assert (await one.ask()).status_code == 503
         engine.down = None
         await wait_until(
-            lambda: all("rebuilt" in fault for fault in watch.faults().values())
+            lambda: sum("rebuilt" in fault for fault in watch.faults().values()) == 3
         )
         body = (await one.client.get("/ready")).json()
         told = (

@@ -72,6 +72,8 @@ def test_real_signals() -> None:
         import os, signal
         from int8qa.training.machine import keep_memory, stop_gently
         keep_memory()
+        # A shell that starts us in the background has it ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         asked = []
         try:
             with stop_gently(lambda: asked.append("asked")):

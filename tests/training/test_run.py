@@ -239,6 +239,7 @@ def test_killed_qat_ends_the_same(
     assert "resumed 1 times" in (options.output / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_killed_many_times(checkpoint: Path, questions: Path, tmp_path: Path) -> None:
     """A run that is killed after each step ends as one that never was."""
     whole = make_options(checkpoint, questions, tmp_path / "whole", negatives=0.5)
@@ -253,6 +254,7 @@ def test_killed_many_times(checkpoint: Path, questions: Path, tmp_path: Path) ->
     assert report["resumed"] == expected["steps"] // 2
 
 
+@pytest.mark.slow
 def test_sigkill(checkpoint: Path, questions: Path, tmp_path: Path) -> None:
     """A process that the kernel ends leaves what another goes on from, exactly."""
     whole = make_options(checkpoint, questions, tmp_path / "whole")
@@ -282,6 +284,7 @@ def test_sigkill(checkpoint: Path, questions: Path, tmp_path: Path) -> None:
     assert same_files(output, whole.output, WEIGHTS)
 
 
+@pytest.mark.slow
 def test_half_written_checkpoint(
     checkpoint: Path, questions: Path, tmp_path: Path
 ) -> None:
