@@ -26,6 +26,8 @@ from int8qa.errors import GatewayRequestError, Int8qaError, MissingDependencyErr
 from tests.bench.conftest import QUESTIONS, SHORT
 from tests.stub_gateway import Reply, answer_reply, problem_reply, run_gateway
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def loadgen() -> None:
@@ -59,7 +61,6 @@ def make_options(url: str, question_file: Path, **changes: Any) -> LoadOptions:
     )
 
 
-@pytest.mark.slow
 def test_all_scenarios(question_file: Path) -> None:
     """Two precisions through all three: figures from LoadGen, its files kept."""
     said: list[str] = []

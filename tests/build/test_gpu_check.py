@@ -26,6 +26,8 @@ from int8qa.gpu_check import GpuCheck, check_gpu, find_server
 from tests.build.half import install_builder
 from tests.build.tiny import POSITIONS
 
+pytestmark = pytest.mark.slow
+
 STUB = Path(__file__).parent.parent / "stub_tritonserver.py"
 
 

@@ -222,6 +222,7 @@ def test_qat_is_measured_twice(quantized: Finished) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 4])
 def test_killed_qat_ends_the_same(
     quantized: Finished, tmp_path: Path, step: int
