@@ -9,8 +9,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import structlog
 
 from int8qa import __version__, cli, errors
 from tests.build.builds import make_outcome
+from tests.command_line import Finished, Run, check_one_line
 from tests.stub_gateway import Reply, answer_reply, problem_reply, run_gateway
 
 COMMANDS = (
@@ -59,61 +59,16 @@ SQUAD = {
 }
 
 
-@dataclass
-class Finished:
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Finished]
-
-
 @pytest.fixture(autouse=True)
-def _clean_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No variables of this machine; logging is put back, which ``serve`` sets up."""
-    for name in list(os.environ):
-        if name.upper().startswith("INT8QA_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.chdir(tmp_path)
+def _logging_is_put_back(run: Run) -> Iterator[None]:
+    """``serve`` sets it up for its process. No variable of this machine counts."""
+    del run
     root = logging.getLogger()
     before = root.handlers[:], root.level, structlog.get_config()
     yield
     root.handlers[:] = before[0]
     root.setLevel(before[1])
     structlog.configure(**before[2])
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run ``int8qa`` with arguments, in this process."""
-
-    def call(*arguments: object) -> Finished:
-        monkeypatch.setattr(sys, "argv", ["int8qa", *map(str, arguments)])
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as finished:
-            code = finished.code or 0
-        captured = capsys.readouterr()
-        return Finished(code, captured.out, captured.err)
-
-    return call
-
-
-def check_one_line(finished: Finished, code: int, *parts: str) -> None:
-    """An error: its code, nothing on standard output, one line on standard error."""
-    assert finished.code == code, finished.err
-    assert finished.out == ""
-    lines = finished.err.strip().splitlines()
-    assert len(lines) == 1, finished.err
-    assert lines[0].startswith("int8qa: ")
-    assert "Traceback" not in finished.err
-    for part in parts:
-        assert part in lines[0]
 
 
 @pytest.fixture

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,35 +23,9 @@ from int8qa.build.pipeline import BuildOutcome
 from int8qa.build.quantization import RECIPES
 from int8qa.build.subject import QuestionSources
 from tests.build.builds import VERDICT, make_outcome
+from tests.command_line import Run, check_one_line
 
 COMMANDS = ("build", "calibrate-compare", "sensitivity")
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Run:
-    """Run ``int8qa`` with arguments, in this process: code, output, errors."""
-    for name in list(os.environ):
-        if name.upper().startswith("INT8QA_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["int8qa", *map(str, arguments)])
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as finished:
-            code = finished.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture
@@ -66,16 +38,6 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "build_repository", refuse)
     monkeypatch.setattr(laboratory, "compare_calibrators", refuse)
     monkeypatch.setattr(laboratory, "measure_one", refuse)
-
-
-def check_one_line(finished: tuple[int, str, str], code: int, *parts: str) -> None:
-    """An error: its code, nothing on standard output, one line on standard error."""
-    found, out, err = finished
-    assert (found, out) == (code, ""), err
-    assert len(err.strip().splitlines()) == 1, err
-    assert err.startswith("int8qa: ")
-    for part in parts:
-        assert part in err
 
 
 def options_of(command: str) -> list[str]:

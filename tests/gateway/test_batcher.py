@@ -1256,7 +1256,7 @@ class Scenario(Rig):
             assert self.closed
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     steps=STEPS,
     ending=st.lists(ANSWER | st.tuples(st.just("pass"), st.just(0.05)), max_size=6),

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +16,8 @@ from int8qa.errors import CheckpointError
 from int8qa.training import run as run_module
 from int8qa.training.options import Distillation, FakeQuantization, TrainingOptions
 from int8qa.training.run import TrainingOutcome
+from tests.command_line import Run
 from tests.training.runs import write_articles
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Run:
-    """Run ``int8qa train`` with arguments, in this process: code, output, errors."""
-    for name in list(os.environ):
-        if name.upper().startswith("INT8QA_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["int8qa", "train", *map(str, arguments)])
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as finished:
-            code = finished.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def make_scores(name: str, *, split: bool = False) -> dict[str, Any]:
@@ -82,7 +52,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TrainingOptions, str]]:
 
 def test_help(run: Run) -> None:
     """The help names every option, and every option says something."""
-    code, out, err = run("--help")
+    code, out, err = run("train", "--help")
     assert (code, err) == (0, "")
     root: Any = typer.main.get_command(cli.app)
     options = [
@@ -96,7 +66,7 @@ def test_help(run: Run) -> None:
 
 def test_defaults(run: Run, seen: list[tuple[TrainingOptions, str]]) -> None:
     """Left out, the package's own defaults stand."""
-    assert run("--data", "a.json", "--output", "out")[0] == 0
+    assert run("train", "--data", "a.json", "--output", "out")[0] == 0
     options, command = seen[0]
     assert options == TrainingOptions(data=(Path("a.json"),), output=Path("out"))
     assert command == "int8qa train --data a.json --output out"
@@ -118,7 +88,7 @@ def test_every_option(run: Run, seen: list[tuple[TrainingOptions, str]]) -> None
         *("--no-smooth", "--target", "tensorrt-rtx", "--distill-from", "self"),
         *("--temperature", "3", "--distill-weight", "0.5"),
     )
-    assert run(*arguments)[0] == 0
+    assert run("train", *arguments)[0] == 0
     options, command = seen[0]
     assert options == TrainingOptions(
         data=(Path("a.json"), Path("b c.json")),
@@ -157,17 +127,19 @@ def test_every_option(run: Run, seen: list[tuple[TrainingOptions, str]]) -> None
 
 def test_defaults_of_qat(run: Run, seen: list[tuple[TrainingOptions, str]]) -> None:
     """The build's recipe, calibrator and smoothing; a teacher only if named."""
-    run("--data", "a.json", "--output", "out", "--qat", "--target", "openvino")
+    run("train", "--data", "a.json", "--output", "out", "--qat", "--target", "openvino")
     assert seen[0][0].quantization == FakeQuantization()
     assert seen[0][0].distillation is None
-    run("--data", "a.json", "--output", "out", "--distill-from", "acme/teacher")
+    run(
+        "train", "--data", "a.json", "--output", "out", "--distill-from", "acme/teacher"
+    )
     assert seen[1][0].distillation == Distillation("acme/teacher")
     assert seen[1][0].quantization is None
 
 
 def test_what_is_printed(run: Run, seen: list[tuple[TrainingOptions, str]]) -> None:
     """Scores on standard output; what to do next on standard error."""
-    code, out, err = run("--data", "a.json", "--output", "my out")
+    code, out, err = run("train", "--data", "a.json", "--output", "my out")
     assert code == 0
     assert out.splitlines() == [
         "a.json, float: EM 61.23, F1 72.34 (100 questions)",
@@ -178,7 +150,7 @@ def test_what_is_printed(run: Run, seen: list[tuple[TrainingOptions, str]]) -> N
     ]
     assert err == "my out is ready; next: int8qa build --checkpoint 'my out'\n"
     options = ("--qat", "--recipe", "full", "--target", "tensorrt", "--resume")
-    _, _, err = run("--data", "a.json", "--output", "out", *options)
+    _, _, err = run("train", "--data", "a.json", "--output", "out", *options)
     assert err == (
         "out was finished already; next: int8qa build --checkpoint out --recipe full "
         "--target tensorrt\n"
@@ -187,7 +159,7 @@ def test_what_is_printed(run: Run, seen: list[tuple[TrainingOptions, str]]) -> N
 
 def test_json(run: Run, seen: list[tuple[TrainingOptions, str]]) -> None:
     """The report and nothing else, names beyond ASCII readable."""
-    code, out, err = run("--data", "a.json", "--output", "out", "--json")
+    code, out, err = run("train", "--data", "a.json", "--output", "out", "--json")
     assert (code, err) == (0, "")
     assert json.loads(out) == REPORT
     assert "é.json" in out
@@ -214,7 +186,7 @@ def test_usage(
     parts: tuple[str, ...],
 ) -> None:
     """Options that do not go together end with 64, before anything is read."""
-    code, out, err = run("--data", "a.json", "--output", "out", *arguments)
+    code, out, err = run("train", "--data", "a.json", "--output", "out", *arguments)
     assert (code, out, seen) == (64, "", [])
     for part in parts:
         assert part in err
@@ -242,7 +214,7 @@ def test_refusals(
 ) -> None:
     """One line on standard error, and the code of its kind."""
     write_articles(tmp_path / "a.json")
-    found, out, err = run(*arguments)
+    found, out, err = run("train", *arguments)
     assert (found, out) == (code, "")
     assert part in err
     assert len(err.strip().splitlines()) == 1
@@ -257,13 +229,13 @@ def test_errors_of_a_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(run_module, "train_reader", fail)
     error: BaseException = CheckpointError("it is no reader")
-    assert run("--data", "a.json", "--output", "out") == (
+    assert run("train", "--data", "a.json", "--output", "out") == (
         cli.exit_code(CheckpointError("")),
         "",
         "int8qa: it is no reader\n",
     )
     error = KeyboardInterrupt()
-    assert run("--data", "a.json", "--output", "out")[0] == 130
+    assert run("train", "--data", "a.json", "--output", "out")[0] == 130
 
 
 def test_a_whole_run(run: Run, tmp_path: Path, checkpoint: Path) -> None:
@@ -273,7 +245,7 @@ def test_a_whole_run(run: Run, tmp_path: Path, checkpoint: Path) -> None:
         *("--checkpoint", checkpoint, "--data", "a.json", "--output", "out"),
         *("--epochs", "1", "--precision", "fp32", "--json"),
     )
-    code, out, err = run(*arguments)
+    code, out, err = run("train", *arguments)
     assert code == 0, err
     report = json.loads(out)
     assert report["command"].startswith("int8qa train --checkpoint")
@@ -281,6 +253,6 @@ def test_a_whole_run(run: Run, tmp_path: Path, checkpoint: Path) -> None:
     assert report["scores"] == []
     assert "[3/3] train, 1 steps" in err
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    code, out, err = run(*arguments)
+    code, out, err = run("train", *arguments)
     assert (code, out) == (73, "")
     assert "is not empty and holds no run to resume" in err
