@@ -16,8 +16,9 @@ from int8qa.reader.windows import split_windows
 from int8qa.training.examples import (
     NULL,
     TrainingSet,
+    holds_answer,
     load_training_set,
-    locate_answer,
+    locate_answers,
     pair_negatives,
     read_articles,
 )
@@ -85,7 +86,7 @@ def test_labels(
     )
     labelled = 0
     for window in windows:
-        start, end = locate_answer(question, window)
+        ((start, end),) = locate_answers(question, window)
         offsets = window.offsets
         if start == NULL:
             assert end == NULL
@@ -107,7 +108,28 @@ def test_questions_without_an_answer(tokenizer: ReaderTokenizer) -> None:
     question = SquadQuestion(
         "q", "Where?", "The key hangs behind the bar.", (), (), True
     )
-    assert locate_answer(question, window) == (NULL, NULL)
+    assert locate_answers(question, window) == ((NULL, NULL),)
+
+
+def test_annotators_who_disagree(tokenizer: ReaderTokenizer) -> None:
+    """Each has a vote, equal ones too; who is cut off votes for "not here"."""
+    context = "The old mill burned in May 1931 and again in 1950."
+    answers = ("May 1931", "1931", "May 1931", "1950")
+    begins = tuple(context.index(answer) for answer in answers)
+    question = SquadQuestion("q", "When?", context, answers, begins)
+    (whole,) = split_windows(tokenizer, "When?", context)
+    first, second, third, fourth = locate_answers(question, whole)
+    assert first == third
+    assert first[1] == second[1] > second[0] - 1 >= first[0]
+    assert fourth[0] > first[1]
+    windows = split_windows(
+        tokenizer, "When?", context, max_window_tokens=16, doc_stride=2
+    )
+    found = [locate_answers(question, window) for window in windows]
+    assert any(
+        places[0] == (NULL, NULL) and places[3] != (NULL, NULL) for places in found
+    )
+    assert all(len(places) == 4 for places in found)
 
 
 def test_counts(tokenizer: ReaderTokenizer, tmp_path: Path) -> None:
@@ -124,7 +146,7 @@ def test_counts(tokenizer: ReaderTokenizer, tmp_path: Path) -> None:
     ]
     assert counts == [("one.json", 8, 0, 4, 12, 0), ("two.json", 1, 1, 0, 2, 0)]
     assert [window.group for window in found.windows] == [0] * 12 + [1] * 2
-    nulls = [item.start == NULL for item in found.windows]
+    nulls = [not holds_answer(item.places) for item in found.windows]
     assert nulls == [False] * 8 + [True] * 4 + [True, False]
     assert ("What?", context) in found.keys
     assert len(found.keys) == 10
@@ -136,12 +158,13 @@ def test_long_contexts(tokenizer: ReaderTokenizer, tmp_path: Path) -> None:
     path = write_articles(tmp_path / "long.json", [[(context, (("When?", "1931"),))]])
     found = load([path], tokenizer, longest=64)
     assert len(found.windows) > 3
-    assert [item.start == NULL for item in found.windows] == [
-        *[True] * (len(found.windows) - 1),
-        False,
+    assert [holds_answer(item.places) for item in found.windows] == [
+        *[False] * (len(found.windows) - 1),
+        True,
     ]
     ids = found.windows[-1].window.input_ids
-    place = slice(found.windows[-1].start, found.windows[-1].end + 1)
+    ((first, last),) = found.windows[-1].places
+    place = slice(first, last + 1)
     assert tokenizer.encode("1931", field="context").ids.tolist() == ids[place].tolist()
 
 

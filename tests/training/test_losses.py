@@ -20,19 +20,28 @@ def softmax(row: list[float], temperature: float) -> list[float]:
     return [power / sum(powers) for power in powers]
 
 
-@given(st.lists(LOGITS, min_size=2, max_size=4), st.integers(0, 2), st.integers(0, 2))
-def test_span_loss(rows: list[list[float]], first: int, last: int) -> None:
-    """Minus the logarithm of what the answer's tokens get, mean of start and end."""
+@given(
+    st.lists(LOGITS, min_size=2, max_size=4),
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=4),
+)
+def test_span_loss(rows: list[list[float]], votes: list[tuple[int, int]]) -> None:
+    """Minus the logarithm of what the answer's tokens get; the mean over annotators,
+    windows, and start and end.
+    """  # noqa: D205
     expected = np.mean(
         [
             -math.log(max(softmax(row, 1.0)[place], 1e-300))
             for row in rows
-            for place in (first, last)
+            for vote in votes
+            for place in vote
         ]
     )
     logits = torch.tensor(rows)
-    places = (torch.full((len(rows),), first), torch.full((len(rows),), last))
-    assert float(span_loss((logits, logits), places)) == pytest.approx(
+    shares = torch.zeros(2, len(rows), 3)
+    for vote in votes:
+        for end, place in enumerate(vote):
+            shares[end, :, place] += 1 / len(votes)
+    assert float(span_loss((logits, logits), (shares[0], shares[1]))) == pytest.approx(
         expected, abs=1e-3
     )
 
@@ -80,7 +89,7 @@ def test_excluded_tokens_take_no_share() -> None:
     for value in (-50.0, 0.0, 50.0, 1e4):
         raw = torch.tensor([[1.0, value, 2.0]], requires_grad=True)
         logits = exclude_tokens(raw, allowed)
-        loss = span_loss((logits, logits), (torch.tensor([2]), torch.tensor([2])))
+        loss = span_loss((logits, logits), (torch.tensor([[0.0, 0.0, 1.0]]),) * 2)
         assert loss.item() == pytest.approx(math.log1p(math.exp(-1.0)), abs=1e-6)
         loss.backward()
         assert raw.grad is not None

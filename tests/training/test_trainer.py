@@ -27,6 +27,7 @@ from int8qa.training.trainer import (
 from tests.build.tiny import ARCHITECTURES, make_model
 
 INPUTS = (INPUT_IDS, ATTENTION_MASK, TOKEN_TYPE_IDS)
+VOTES = ((3, 4), (4, 4), (3, 4), (0, 0))
 
 
 @pytest.fixture
@@ -34,8 +35,8 @@ def windows(tokenizer: ReaderTokenizer) -> list[TrainingWindow]:
     """Two, of different lengths."""
     texts = ("The mill burned in 1931.", "Oil.")
     return [
-        TrainingWindow(split_windows(tokenizer, "When?", text)[0], n, n + 1, 0)
-        for n, text in enumerate(texts)
+        TrainingWindow(split_windows(tokenizer, "When?", text)[0], places, 0)
+        for text, places in zip(texts, (((0, 0),), VOTES), strict=True)
     ]
 
 
@@ -56,8 +57,9 @@ def test_batch(windows: list[TrainingWindow]) -> None:
         )
         allowed = np.flatnonzero(batch[ALLOWED][row]).tolist()
         assert allowed == [0, *range(window.context_start, window.context_end)]
-    assert batch[FIRST].tolist() == [0, 1]
-    assert batch[LAST].tolist() == [1, 2]
+    assert batch[FIRST].sum(1).tolist() == batch[LAST].sum(1).tolist() == [1, 1]
+    assert batch[FIRST][:, [0, 3, 4]].tolist() == [[1, 0, 0], [0.25, 0.5, 0.25]]
+    assert batch[LAST][:, [0, 3, 4]].tolist() == [[1, 0, 0], [0.25, 0, 0.75]]
     assert TOKEN_TYPE_IDS not in collate(windows, INPUTS[:2], 0)
 
 

@@ -1,6 +1,6 @@
 """Questions as training windows, split and tokenized by the reader that serves.
 
-In: SQuAD v1.1 and v2.0 files. Out: windows with the first and last token of the
+In: SQuAD v1.1 and v2.0 files. Out: windows with the first and last token of every
 answer, or the null position where a window holds none; counts of what was used.
 Negatives pair a question with another paragraph of its article. Knows no model.
 """
@@ -29,11 +29,12 @@ NULL = 0
 
 @dataclass(frozen=True, slots=True)
 class TrainingWindow:
-    """A window, and where its answer begins and ends in tokens; both may be NULL."""
+    """A window, and where its answers begin and end in tokens."""
 
     window: Window
-    start: int
-    end: int
+    places: tuple[tuple[int, int], ...]
+    """First and last token of each annotator's answer, NULL twice where the window
+    does not hold it; at least one. Equal ones are kept: they are votes."""
     group: int
     """Number of its file."""
 
@@ -231,26 +232,40 @@ def _encode(
         except InvalidInputError:
             skipped += 1
             continue
-        labels = [locate_answer(question, window) for window in windows]
-        if not question.is_impossible and all(start == NULL for start, _ in labels):
+        labels = [locate_answers(question, window) for window in windows]
+        if not question.is_impossible and not any(map(holds_answer, labels)):
             skipped += 1
             continue
         found += [
-            TrainingWindow(window, start, end, group)
-            for window, (start, end) in zip(windows, labels, strict=True)
+            TrainingWindow(window, places, group)
+            for window, places in zip(windows, labels, strict=True)
         ]
     return found, skipped
 
 
-def locate_answer(question: SquadQuestion, window: Window) -> tuple[int, int]:
-    """First and last token of the answer in ``window``, both in it, else NULL twice.
+def holds_answer(places: Sequence[tuple[int, int]]) -> bool:
+    """Whether any annotator's answer is in the window."""
+    return any(start != NULL for start, _ in places)
 
-    Of several answers the first counts. A window that cuts an answer off holds none.
+
+def locate_answers(
+    question: SquadQuestion, window: Window
+) -> tuple[tuple[int, int], ...]:
+    """First and last token in ``window`` of each of the question's answers, in order.
+
+    NULL twice stands for an answer that the window does not hold or cuts off, and alone
+    for a question without one.
     """
     if question.is_impossible:
-        return NULL, NULL
-    begin = question.answer_starts[0]
-    stop = begin + len(question.answers[0])
+        return ((NULL, NULL),)
+    return tuple(
+        _locate(begin, begin + len(answer), window)
+        for answer, begin in zip(question.answers, question.answer_starts, strict=True)
+    )
+
+
+def _locate(begin: int, stop: int, window: Window) -> tuple[int, int]:
+    """Tokens of the context's characters ``begin`` to ``stop``, all of them or NULL."""
     starts, ends = window.offsets[:, 0], window.offsets[:, 1]
     touched = np.flatnonzero((ends > begin) & (starts < stop) & (ends > starts))
     if not len(touched):

@@ -1,8 +1,8 @@
 """What a step minimizes.
 
-In: start and end logits, the tokens that may hold an answer, the answers' places and a
-teacher's logits. Out: one number. Question, separator and padding tokens take no share
-in the softmax, as in reader/spans.py, so training sees what serving computes.
+In: start and end logits, the tokens that may hold an answer, the annotators' votes and
+a teacher's logits. Out: one number. Question, separator and padding tokens take no
+share in the softmax, as in reader/spans.py, so training sees what serving computes.
 """
 
 from __future__ import annotations
@@ -27,21 +27,24 @@ def exclude_tokens(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
 
 def span_loss(
     logits: tuple[torch.Tensor, torch.Tensor],
-    places: tuple[torch.Tensor, torch.Tensor],
+    shares: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
-    """Mean cross entropy of first and last token.
+    """Mean cross entropy of first and last token, each against the annotators' votes.
 
-    Source: Devlin et al. 2018, arXiv:1810.04805, section 4.2.
+    With one annotator it is BERT's: Devlin et al. 2018, arXiv:1810.04805, section 4.2.
+    With several it is the mean of that over them, so that where people disagree the
+    reader learns how far, instead of the first one's choice.
 
     Args:
         logits: start and end, float [B, S], after :func:`exclude_tokens`.
-        places: first and last token of the answer, int64 [B].
+        shares: of the annotators whose answer begins and ends at a token, float32
+            [B, S]; each row sums to 1.
     """
     from torch.nn import functional
 
     start, end = (
-        functional.cross_entropy(found, place)
-        for found, place in zip(logits, places, strict=True)
+        functional.cross_entropy(found, share)
+        for found, share in zip(logits, shares, strict=True)
     )
     return (start + end) / 2
 

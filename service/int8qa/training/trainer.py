@@ -48,13 +48,18 @@ Batch = dict[str, Any]
 def collate(
     windows: Sequence[TrainingWindow], inputs: Sequence[str], pad_token_id: int
 ) -> Batch:
-    """Windows as one batch, padded to the longest: int32 [B, S], places int64 [B]."""
+    """Windows as one batch, padded to the longest: int32 [B, S], votes float32 [B, S].
+
+    ``first`` and ``last`` hold the share of a window's annotators whose answer begins
+    and ends at a token.
+    """
     longest = max(len(item.window) for item in windows)
     shape = (len(windows), -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE)
-    arrays = {name: np.zeros(shape, np.int32) for name in inputs}
+    arrays: dict[str, Any] = {name: np.zeros(shape, np.int32) for name in inputs}
     arrays[INPUT_IDS][:] = pad_token_id
     allowed = np.zeros(shape, np.bool_)
     allowed[:, 0] = True  # the null position
+    votes = {name: np.zeros(shape, np.float32) for name in (FIRST, LAST)}
     for row, item in enumerate(windows):
         window, size = item.window, len(item.window)
         arrays[INPUT_IDS][row, :size] = window.input_ids
@@ -62,11 +67,11 @@ def collate(
         if TOKEN_TYPE_IDS in arrays:
             arrays[TOKEN_TYPE_IDS][row, :size] = window.token_type_ids
         allowed[row, window.context_start : window.context_end] = True
-    batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    batch[ALLOWED] = torch.from_numpy(allowed)
-    batch[FIRST] = torch.tensor([item.start for item in windows])
-    batch[LAST] = torch.tensor([item.end for item in windows])
-    return batch
+        for place in item.places:
+            for name, token in zip((FIRST, LAST), place, strict=True):
+                votes[name][row, token] += 1 / len(item.places)
+    arrays |= {ALLOWED: allowed, **votes}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def group_parameters(
