@@ -71,7 +71,7 @@ def test_no_encoder(encoder: Path, tmp_path: Path) -> None:
     (directory / "config.json").write_text(json.dumps({"model_type": "no-such-thing"}))
     with pytest.raises(CheckpointError) as caught:
         load_start(resolve_checkpoint(str(directory)), seed=0)
-    assert "no encoder transformers can load" in str(caught.value)
+    assert "not a checkpoint transformers can load" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
 

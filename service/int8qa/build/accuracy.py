@@ -107,6 +107,7 @@ def answer_questions(
     bucket_for: Callable[[int], int],
     pad_token_id: int,
     batch: int = 1,
+    allow_no_answer: bool = False,
     on_question: Callable[[], None] = lambda: None,
 ) -> Answers:
     """Answer every question, its windows padded as the gateway pads.
@@ -119,6 +120,7 @@ def answer_questions(
         pad_token_id: what stands behind a window's end.
         batch: windows of one padded length that go in together; fewer than that go in
             one by one, because engines compile for each new shape.
+        allow_no_answer: whether the null answer may win; its text is empty.
         on_question: called once per question.
     """
     windows = [window for item in encoded for window in item.windows]
@@ -161,6 +163,7 @@ def answer_questions(
             [start for start, _ in logits[low:high]],
             [end for _, end in logits[low:high]],
             max_answer_tokens=ANSWER_TOKENS,
+            allow_no_answer=allow_no_answer,
         )
         texts[item.question.id] = spans[0].text if spans else ""
         low = high

@@ -232,6 +232,23 @@ def load_checkpoint(files: CheckpointFiles) -> Checkpoint:
     Raises:
         CheckpointError: the weights do not form a question answering model.
     """
+    checkpoint, missing = load_incomplete(files)
+    if missing:
+        raise CheckpointError(
+            f"{files.name} lacks the weights {', '.join(missing[:4])}: it is not "
+            f"fine-tuned for extractive question answering, its answers would be "
+            f"random. Fine-tune it first"
+        )
+    return checkpoint
+
+
+def load_incomplete(files: CheckpointFiles) -> tuple[Checkpoint, list[str]]:
+    """Load likewise, and name the weights that were drawn, as the files lack them.
+
+    Raises:
+        CheckpointError: transformers finds no question answering architecture, or no
+            fast tokenizer.
+    """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForQuestionAnswering
@@ -256,16 +273,9 @@ def load_checkpoint(files: CheckpointFiles) -> Checkpoint:
             f"{files.name} is not a checkpoint transformers can load for question "
             f"answering: {first_line}"
         ) from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise CheckpointError(
-            f"{files.name} lacks the weights {', '.join(missing[:4])}: it is not "
-            f"fine-tuned for extractive question answering, its answers would be "
-            f"random. Fine-tune it first"
-        )
     model.eval()
     tokenizer_json, pad_token_id = _load_tokenizer(files)
-    return Checkpoint(
+    checkpoint = Checkpoint(
         files=files,
         model=model,
         tokenizer_json=tokenizer_json,
@@ -273,6 +283,7 @@ def load_checkpoint(files: CheckpointFiles) -> Checkpoint:
         max_positions=_max_positions(config),
         takes_token_types=_takes_token_types(model),
     )
+    return checkpoint, sorted(info["missing_keys"])
 
 
 def _max_positions(config: Any) -> int:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from int8qa.build.accuracy import (
-    EncodedQuestion,
     Infer,
     Logits,
     answer_questions,
@@ -22,9 +21,7 @@ from int8qa.build.checkpoint import Checkpoint
 from int8qa.build.export import model_inputs
 from int8qa.build.subject import BUCKET_STEP, EVALUATION_BATCH, spread_evenly
 from int8qa.errors import DataFileError
-from int8qa.reader.spans import decode_spans
 from int8qa.reader.squad import (
-    ANSWER_TOKENS,
     Scores,
     SquadQuestion,
     load_questions,
@@ -91,33 +88,10 @@ def measure_reader(
         bucket_for=lambda size: -(-size // BUCKET_STEP) * BUCKET_STEP,
         pad_token_id=checkpoint.pad_token_id,
         batch=EVALUATION_BATCH,
+        allow_no_answer=any(question.is_impossible for question in questions),
         on_question=on_question,
     )
-    texts = answers.texts
-    if any(question.is_impossible for question in questions):
-        texts = _abstain(encoded, answers.logits)
-    return score_predictions(questions, texts)
-
-
-def _abstain(
-    encoded: Sequence[EncodedQuestion], logits: Sequence[Logits]
-) -> dict[str, str]:
-    """Answers, "" where the null position wins."""
-    texts = {}
-    low = 0
-    for item in encoded:
-        high = low + len(item.windows)
-        best = decode_spans(
-            item.question.context,
-            item.windows,
-            [start for start, _ in logits[low:high]],
-            [end for _, end in logits[low:high]],
-            max_answer_tokens=ANSWER_TOKENS,
-            allow_no_answer=True,
-        )[0]
-        texts[item.question.id] = best.text
-        low = high
-    return texts
+    return score_predictions(questions, answers.texts)
 
 
 def _run_on_device(reader: torch.nn.Module, inputs: Sequence[str]) -> Infer:

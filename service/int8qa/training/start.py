@@ -7,19 +7,16 @@ build/checkpoint.py, as everywhere.
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from int8qa.build.attention import register_attention
 from int8qa.build.checkpoint import (
     Checkpoint,
     CheckpointFiles,
     load_checkpoint,
-    resolve_checkpoint,
+    load_incomplete,
 )
 from int8qa.contract import TOKENIZER_FILENAME
 from int8qa.errors import CheckpointError
@@ -51,45 +48,17 @@ def load_start(files: CheckpointFiles, *, seed: int) -> tuple[Checkpoint, bool]:
         CheckpointError: no transformers encoder, or it lacks more than the head.
     """
     import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForQuestionAnswering
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     torch.manual_seed(seed)
-    try:
-        model, info = AutoModelForQuestionAnswering.from_pretrained(
-            files.directory,
-            dtype=torch.float32,
-            attn_implementation=register_attention(),
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error) else ""
-        raise CheckpointError(
-            f"{files.name} is no encoder transformers can load for question "
-            f"answering: {first_line}"
-        ) from error
-    missing = sorted(info["missing_keys"])
-    if not missing:
-        return load_checkpoint(files), False
-    encoder = f"{model.base_model_prefix}."
+    checkpoint, missing = load_incomplete(files)
+    encoder = f"{checkpoint.model.base_model_prefix}."
     lost = [name for name in missing if name.startswith(encoder)]
     if lost:
         raise CheckpointError(
             f"{files.name} lacks {len(lost)} weights of its encoder ({lost[0]}): the "
             f"file is incomplete, or of another architecture than its config.json says"
         )
-    # Completed on disk and read back, so that one function decides what may be loaded.
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = Path(scratch)
-        model.save_pretrained(directory)
-        copy_tokenizer(files.directory, directory)
-        checkpoint = load_checkpoint(resolve_checkpoint(scratch))
-    return dataclasses.replace(checkpoint, files=files), True
+    return checkpoint, bool(missing)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
