@@ -85,6 +85,28 @@ def test_grid(
     assert len(table["head"]) == len(table["rows"][0]) == 5
 
 
+def test_models_beside_older_ones(
+    repository: Path,
+    contract: Contract,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A build beside a running one has names of its own; those engines are timed."""
+    later = contract.model_copy(update={"generation": 2})
+    (repository / CONTRACT_FILENAME).write_text(later.model_dump_json())
+    opened: list[Path] = []
+
+    def refuse(path: Path, _: Precision) -> None:
+        opened.append(path)
+        raise ContractError(str(path))
+
+    monkeypatch.setattr("int8qa.build.engines.openvino.OpenVinoEngine", refuse)
+    with pytest.raises(ContractError):
+        bench_engines(repository, precisions=(Precision.INT8,))
+    (path,) = opened
+    assert path.relative_to(repository).parts[0] == later.triton_name(Precision.INT8)
+    assert later.triton_name(Precision.INT8) != contract.triton_name(Precision.INT8)
+
+
 def test_precision_that_was_not_built(repository: Path, contract: Contract) -> None:
     """Refused, with what there is."""
     models = {Precision.INT8: contract.models[Precision.INT8]}

@@ -21,6 +21,7 @@ from int8qa.build.latency import (
     name_shape,
     time_engines,
 )
+from int8qa.build.repository import MODEL_VERSION
 from int8qa.contract import Contract, Precision, load_contract
 from int8qa.errors import ContractError, MissingDependencyError
 
@@ -121,7 +122,12 @@ def _load_engines(
                 f"{repository} holds {model.engine} engines, which run in Triton only: "
                 f"`int8qa gpu-check` times them there"
             )
-        path = repository / model.name / "1" / MODEL_FILENAME
+        path = (
+            repository
+            / contract.triton_name(precision)
+            / MODEL_VERSION
+            / MODEL_FILENAME
+        )
         engine = OpenVinoEngine(path, precision)
         infers[str(precision)] = engine.infer
         execution[str(precision)] = engine.execution.summary
