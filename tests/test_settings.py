@@ -170,6 +170,21 @@ def test_dotenv_lying_about(tmp_path: Path) -> None:
     assert load_settings().port == 8080
 
 
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:9000"),
+        ("0.0.0.0", "http://127.0.0.1:9000"),
+        ("::", "http://127.0.0.1:9000"),
+        ("::1", "http://[::1]:9000"),
+        ("gateway.test", "http://gateway.test:9000"),
+    ],
+)
+def test_local_url(host: str, url: str) -> None:
+    """An address that is bound is not always one that can be asked."""
+    assert load_settings(host=host, port=9000).local_url == url
+
+
 def test_frozen() -> None:
     """Settings are decided once."""
     settings = load_settings()

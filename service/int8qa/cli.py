@@ -263,7 +263,7 @@ def ask(
     """Ask one question of a text, through a running gateway."""
     from int8qa.client import GatewayClient
 
-    base_url = url or _local_url()
+    base_url = url or load_settings().local_url
     context = _read_context(context_file)
 
     request: dict[str, Any] = {
@@ -319,7 +319,7 @@ def evaluate(
     from int8qa.evaluation import Evaluation, evaluate_service
     from int8qa.reader.squad import load_questions
 
-    base_url = url or _local_url()
+    base_url = url or load_settings().local_url
     questions = load_questions(data)[:limit]
     precisions = precision or [Precision.INT8, Precision.FP16]
 
@@ -377,16 +377,6 @@ def _show_evaluation(evaluation: Any, data: Path) -> None:
     for pair, share in evaluation.agreement.items():
         print(f"same answer, {pair}: {100 * share:.2f} %")
     print(f"{evaluation.seconds:.0f} s")
-
-
-def _local_url() -> str:
-    settings = load_settings()
-    host = settings.host if settings.host not in {"0.0.0.0", "::"} else "127.0.0.1"  # noqa: S104
-    return (
-        f"http://[{host}]:{settings.port}"
-        if ":" in host
-        else f"http://{host}:{settings.port}"
-    )
 
 
 def _settings(model_repository: Path | None) -> Settings:

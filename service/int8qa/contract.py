@@ -30,6 +30,8 @@ MANIFEST_FILENAME = "manifest.json"
 BUILD_ID_PARAMETER = "build_id"
 """In each model's configuration: what Triton tells of the build it has loaded."""
 TOKENIZER_FILENAME = "tokenizer.json"
+CONTROL_HEADER = "int8qa-control"
+"""Of Triton's control API: carries the key without which no model is loaded."""
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from int8qa import __version__
-from int8qa.bench.gateway_process import run_gateway
+from int8qa.bench.gateway_process import run_gateway, stop_process
 from int8qa.bench.scenarios import LoadOptions, Rules, bench_gateway, check_loadgen
 from int8qa.contract import TOKENIZER_FILENAME, Contract, Precision
 from int8qa.embedded.launch import pick_free_port
@@ -45,7 +45,6 @@ GRID_BATCHES = (1, 8, 32)
 GRID_TOKENS = (64, 128, 384)
 READY_TIMEOUT_S = 300.0
 """A plan of BERT-base loads in seconds; warm-up and CUDA graphs take the rest."""
-STOP_TIMEOUT_S = 30.0
 INFER_TIMEOUT_S = 60.0
 _IMAGE_SERVER = Path("/opt/tritonserver/bin/tritonserver")
 """Where NVIDIA's images have it."""
@@ -251,12 +250,7 @@ def _serve(
         finally:
             loop.run_until_complete(engine.close())
             loop.close()
-            process.terminate()
-            try:
-                process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            stop_process(process)
             report["triton"] = _read_complaints(log)
 
 

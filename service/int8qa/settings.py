@@ -337,6 +337,12 @@ class Settings(BaseSettings):
     admin: AdminSettings = Field(default_factory=AdminSettings)
     embedded: EmbeddedSettings = Field(default_factory=EmbeddedSettings)
 
+    @property
+    def local_url(self) -> str:
+        """Where this machine reaches its own gateway."""
+        host = self.host if self.host not in {"0.0.0.0", "::"} else "127.0.0.1"  # noqa: S104
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
 
 def iter_setting_names() -> Iterator[tuple[str, str, object]]:
     """Yield (environment name, description, default) of every setting, in order."""

@@ -105,7 +105,7 @@ def bench_gateway(
     if scenario:
         given["scenarios"] = tuple(scenario)
     options = LoadOptions(
-        url=url or f"http://127.0.0.1:{load_settings().port}",
+        url=url or load_settings().local_url,
         output=output,
         limit=limit,
         precisions=tuple(precision or ()),

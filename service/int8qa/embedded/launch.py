@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from int8qa.contract import CONTROL_HEADER
 from int8qa.embedded.guard import SHARED_MEMORY, remove_shared_memory
 from int8qa.embedded.locate import STUB_NAME, TritonInstallation
 from int8qa.errors import EmbeddedTritonError
@@ -30,8 +31,6 @@ SHM_FAMILY = "int8qa"
 MIN_SHM_BYTES = 16 * 2**20
 """Each model instance takes 1 MiB of shared memory and grows in steps of 1 MiB.
 Source: the Python backend's shm-default-byte-size and shm-growth-byte-size."""
-CONTROL_HEADER = "int8qa-control"
-"""Over gRPC it is called ``triton-grpc-protocol-int8qa-control``."""
 _PORTS_BELOW_EPHEMERAL = 10_000
 _TEMPORARY_DIRECTORIES = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - by mkdtemp
 _MODELS = "models"

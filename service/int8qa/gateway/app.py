@@ -73,7 +73,6 @@ _CORS_REQUEST_HEADERS = (
     "Authorization",
     "Content-Type",
     "X-Precision",
-    "X-Request-Timeout",
     "X-Request-Id",
     "X-Request-Timeout",
 )

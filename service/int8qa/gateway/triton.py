@@ -19,6 +19,7 @@ from tritonclient.utils import InferenceServerException
 
 from int8qa.contract import (
     BUILD_ID_PARAMETER,
+    CONTROL_HEADER,
     END_LOGITS,
     INPUT_DATATYPE,
     START_LOGITS,
@@ -42,7 +43,7 @@ PROBE_TIMEOUT_S = 2.0
 _CONTROL_TIMEOUT_S = 600.0
 """For loading a model: plans of large readers take minutes to warm up."""
 
-CONTROL_HEADER = "triton-grpc-protocol-int8qa-control"
+_GRPC_CONTROL_HEADER = f"triton-grpc-protocol-{CONTROL_HEADER}"
 """Source: Triton's --grpc-restricted-protocol, which prefixes the key's name."""
 
 _MAX_MESSAGE_BYTES = 256 * 2**20
@@ -108,7 +109,9 @@ class TritonEngine:
     ) -> None:
         self._url = url
         self._contract = contract
-        self._control_headers = {CONTROL_HEADER: control_key} if control_key else None
+        self._control_headers = (
+            {_GRPC_CONTROL_HEADER: control_key} if control_key else None
+        )
         self._tracing = tracing
         self._client: Any = None
 
