@@ -34,7 +34,7 @@ audit: install ## the lock held to the database of known vulnerabilities
 	@$(BIN)/python scripts/supply_chain.py audit
 
 soak: install ## 20 minutes of mixed traffic on a running gateway (PID=… of it), with a plot
-	@$(BIN)/python -m int8qa.bench.soak --pid $(PID)
+	@$(BIN)/int8qa bench soak --pid $(PID)
 
 sbom: install ## CycloneDX bills of materials of the images, into dist/
 	@$(BIN)/python scripts/supply_chain.py sbom

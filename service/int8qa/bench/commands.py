@@ -1,4 +1,4 @@
-"""The commands ``bench gateway`` and ``bench engine``.
+"""The commands ``bench gateway``, ``bench engine`` and ``bench soak``.
 
 In: arguments. Out: a table or JSON on standard output, progress on standard error, and
 a directory with the report. Heavy imports wait until a command runs.
@@ -7,6 +7,7 @@ a directory with the report. Heavy imports wait until a command runs.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,9 @@ from int8qa.contract import Precision
 from int8qa.errors import GatewayRequestError
 from int8qa.settings import load_settings
 
+SOAK_NEWS_S = 30.0
+"""Between two lines of a soak's progress."""
+
 OutputOption = Annotated[
     Path, typer.Option(help="Directory of the report: JSON, page, LoadGen's files.")
 ]
@@ -29,16 +33,28 @@ PrecisionOption = Annotated[
     ),
 ]
 
+UrlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--url",
+        help="Base URL of a running gateway.  [default: http://127.0.0.1:8080, or "
+        "the port of INT8QA_PORT]",
+        show_default=False,
+    ),
+]
+
 
 def add_bench_commands(app: typer.Typer) -> None:
     """Register ``bench`` with ``app``."""
     bench = typer.Typer(
-        help="Measure a running gateway, or the engines alone; one report each.",
+        help="Measure a running gateway, or the engines alone, or run a gateway for "
+        "long; one report each.",
         no_args_is_help=True,
         rich_markup_mode=None,
     )
     bench.command("gateway")(bench_gateway)
     bench.command("engine")(bench_engine)
+    bench.command("soak")(bench_soak)
     app.add_typer(bench, name="bench")
 
 
@@ -79,15 +95,7 @@ def bench_gateway(
         ),
     ] = 664,
     output: OutputOption = Path("int8qa-bench"),
-    url: Annotated[
-        str | None,
-        typer.Option(
-            "--url",
-            help="Base URL of a running gateway.  [default: http://127.0.0.1:8080, or "
-            "the port of INT8QA_PORT]",
-            show_default=False,
-        ),
-    ] = None,
+    url: UrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Load a running gateway with MLPerf LoadGen: SingleStream, Offline, Server.
@@ -173,6 +181,66 @@ def bench_engine(
     )
     verdict = write_engine_verdict(result)
     _show(result, tabulate_times(result), verdict, output, as_json)
+
+
+def bench_soak(
+    pid: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Process id of the gateway; its children are watched with it."
+        ),
+    ],
+    minutes: Annotated[float, typer.Option(min=0.05, help="Length of the run.")] = 20.0,
+    load: Annotated[
+        float,
+        typer.Option(
+            min=0.01, max=2.0, help="Share of the capacity, which is measured first."
+        ),
+    ] = 0.8,
+    rate: Annotated[
+        float | None, typer.Option(min=0.01, help="Requests a second, instead.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the mix of requests.")] = 1,
+    output: OutputOption = Path("int8qa-bench"),
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Mixed traffic for long: nothing may be lost, memory and descriptors may not grow.
+
+    Short and long texts, batches, lines, clients that leave and bad requests. Ends with
+    an error if a request got no well-formed answer in time or a process grew.
+    """
+    from int8qa.bench.report import (
+        check_output,
+        tabulate_processes,
+        write_soak_verdict,
+    )
+    from int8qa.bench.soak import SoakOptions, run_soak
+
+    check_output(output)
+    told_s = -math.inf
+
+    def tell(elapsed_s: float, chosen_rate: float) -> None:
+        nonlocal told_s
+        if elapsed_s - told_s >= SOAK_NEWS_S:
+            told_s = elapsed_s
+            _say(f"[{elapsed_s:.0f}/{60 * minutes:.0f} s] {chosen_rate:.1f} requests/s")
+
+    options = SoakOptions(
+        url=url or load_settings().local_url,
+        pid=pid,
+        duration_s=60 * minutes,
+        load=load,
+        rate=rate,
+        seed=seed,
+    )
+    result = run_soak(options, tell)
+    verdict = write_soak_verdict(result)
+    _show(result, tabulate_processes(result), verdict, output, as_json)
+    if result["problems"]:
+        raise GatewayRequestError(
+            "the soak failed, its report is written: " + "; ".join(result["problems"])
+        )
 
 
 def _show(

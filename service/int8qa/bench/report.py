@@ -1,6 +1,6 @@
 """The JSON and the page of a measurement, and its short form for a terminal.
 
-In: the result of ``bench gateway`` or ``bench engine``. Out: two files, and a table.
+In: the result of ``bench gateway``, ``engine`` or ``soak``. Out: two files, a table.
 Measures nothing; the page is filled into the frame of the calibrators' comparison.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from int8qa.bench.figures import plot_cdf, plot_fill, plot_rates, plot_time
 from int8qa.bench.provenance import list_facts
+from int8qa.bench.soak_figure import plot_soak
 from int8qa.build.comparison.frame import (
     bundle,
     drop_nonfinite,
@@ -41,9 +42,13 @@ def check_output(output: Path) -> None:
 
 
 def write_report(result: Json, output: Path) -> tuple[Path, Path]:
-    """Write ``gateway.json`` and ``gateway.html``, or ``engine``'s."""
+    """Write ``gateway.json`` and ``gateway.html``, or ``engine``'s or ``soak``'s."""
     kind = result["kind"]
-    render = {"gateway": render_gateway, "engine": render_engine}[kind]
+    render = {
+        "gateway": render_gateway,
+        "engine": render_engine,
+        "soak": render_soak,
+    }[kind]
     data, page = output / f"{kind}.json", output / f"{kind}.html"
     clean = drop_nonfinite(result)
     text = json.dumps(clean, indent=2, ensure_ascii=False)
@@ -93,6 +98,23 @@ def render_engine(result: Json) -> str:
     )
 
 
+def render_soak(result: Json) -> str:
+    """The page of ``int8qa bench soak``."""
+    return render_frame(
+        _HERE / "soak.html",
+        result=result,
+        filename="int8qa-bench-soak.json",
+        verdict=write_soak_verdict(result),
+        provenance=result["provenance"],
+        facts=_drop_command(list_facts(result["provenance"])),
+        tiles=[],
+        figures={"curves": bundle(plot_soak(result))},
+        processes=tabulate_processes(result),
+        requests=tabulate_requests(result),
+        contents=[("requests", f"{sum(result['sent'].values()):,} requests")],
+    )
+
+
 def write_verdict(result: Json) -> str:
     """The headline in a sentence."""
     rows = {row["precision"]: row for row in result["headline"]}
@@ -120,6 +142,15 @@ def write_engine_verdict(result: Json) -> str:
     if not parts:
         return "INT8 and a float were not both measured."
     return f"INT8 is {' and '.join(parts)}, geometric mean of all shapes."
+
+
+def write_soak_verdict(result: Json) -> str:
+    """What was asked, and whether anything was lost or grew."""
+    asked = (
+        f"{sum(result['sent'].values()):,} requests in {result['duration_s']:.0f} s, "
+        f"{result['rate']:g} a second: "
+    )
+    return asked + ("; ".join(result["problems"]) or "nothing lost, nothing grew") + "."
 
 
 def tabulate_headline(result: Json) -> dict[str, Any]:
@@ -177,6 +208,35 @@ def tabulate_times(result: Json) -> dict[str, Any]:
         for heading in (f"{name.upper()} ms", "windows/s")
     ]
     return {"head": ("batch × tokens", *names), "rows": rows}
+
+
+def tabulate_processes(result: Json) -> dict[str, Any]:
+    """A row for each process that was watched."""
+    rows = [
+        (
+            process["name"],
+            *(
+                format_number(process[quantity][when])
+                for quantity in ("rss_mib", "descriptors")
+                for when in ("after_warm_up", "end")
+            ),
+        )
+        for process in result["processes"]
+    ]
+    head = ("Process", "MiB after warm-up", "at the end", "descriptors", "at the end")
+    return {"head": head, "rows": rows}
+
+
+def tabulate_requests(result: Json) -> dict[str, Any]:
+    """What was sent, what came back, what did not."""
+    rows = [
+        *((f"sent: {kind}", f"{count:,}") for kind, count in result["sent"].items()),
+        *((f"HTTP {code}", f"{count:,}") for code, count in result["statuses"].items()),
+        ("clients that left", f"{result['cancelled']:,}"),
+        ("lost", f"{result['lost']:,}"),
+        ("late", f"{result['late']:,}"),
+    ]
+    return {"head": ("", "requests"), "rows": rows}
 
 
 def _list_facts(result: Json) -> list[tuple[str, str]]:

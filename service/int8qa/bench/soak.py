@@ -1,26 +1,30 @@
-"""Mixed traffic for a long while, and whether the gateway is then what it was.
+"""Mixed traffic for a long while, and whether the service is then what it was.
 
-In: a running gateway, its process id, a duration and a rate. Out: a JSON report and a
-page with the curves; the exit status says whether nothing was lost and nothing grew.
-Speaks HTTP alone and measures no speed: `int8qa bench` does.
+In: a running gateway, its process id, a duration and a rate. Out: a JSON-ready result;
+its ``problems`` say what was lost and what grew. Speaks HTTP alone and measures no
+speed: ``int8qa bench gateway`` does.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
+import os
 import random
-import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
 
+from int8qa.bench.processes import Watch
+from int8qa.bench.provenance import describe_run
+from int8qa.errors import GatewayRequestError
+
+FORMAT_VERSION = 1
+PACKAGES = ("httpx", "fastapi", "uvicorn", "uvloop", "tritonclient")
 MAX_GROWTH = 0.05
 """Of the resident memory after warm-up, median of the last quarter to the first."""
 MAX_DESCRIPTORS_MORE = 8
@@ -29,7 +33,7 @@ GRACE_S = 1.0
 DEADLINE_S = 10.0
 SAMPLE_S = 1.0
 WARM_UP_SHARE = 0.2
-CALIBRATION_S = 5.0
+CALIBRATION_S = 10.0
 CALIBRATION_CLIENTS = 16
 
 _SENTENCE = (
@@ -63,22 +67,12 @@ class Tally:
     worst_lateness_s: float = 0.0
 
 
-@dataclass
-class Samples:
-    """The process over time."""
-
-    time_s: list[float] = field(default_factory=list)
-    rss_mib: list[float] = field(default_factory=list)
-    descriptors: list[int] = field(default_factory=list)
-    answered: list[int] = field(default_factory=list)
-
-
 class Soak:
     """One run against one gateway."""
 
-    def __init__(self, client: httpx.AsyncClient, pid: int, seed: int) -> None:
+    def __init__(self, client: httpx.AsyncClient, watch: Watch, seed: int) -> None:
         self._client = client
-        self._process = Path(f"/proc/{pid}")
+        self.watch = watch
         self._draw = random.Random(seed)  # noqa: S311 - the mix, no secret
         self._kinds: tuple[tuple[str, float, Callable[[], Awaitable[None]]], ...] = (
             ("short", 0.60, self._ask_short),
@@ -89,7 +83,8 @@ class Soak:
             ("bad", 0.07, self._ask_badly),
         )
         self.tally = Tally()
-        self.samples = Samples()
+        self.answered: list[int] = []
+        """Responses so far, at each of the watch's samples."""
 
     async def measure_capacity(self) -> float:
         """Requests a second of the mix's sound kinds, answered back to back."""
@@ -103,11 +98,23 @@ class Soak:
                 done += 1
 
         await asyncio.gather(*(ask_on() for _ in range(CALIBRATION_CLIENTS)))
+        if self.tally.lost:
+            raise GatewayRequestError(
+                f"{self.tally.lost} of the first {sum(self.tally.sent.values())} "
+                f"requests got no well-formed answer; nothing was measured. Is this an "
+                f"int8qa gateway that is ready, and is INT8QA_API_KEY its key?"
+            )
+        self.tally = Tally()
         return done / CALIBRATION_S
 
-    async def run(self, duration_s: float, rate: float) -> None:
+    async def run(
+        self,
+        duration_s: float,
+        rate: float,
+        on_second: Callable[[float], None] = lambda _elapsed_s: None,
+    ) -> None:
         """Send at ``rate`` with Poisson arrivals, whatever comes back when."""
-        sampler = asyncio.create_task(self._sample())
+        sampler = asyncio.create_task(self._sample(on_second))
         tasks: set[asyncio.Task[None]] = set()
         start = due = time.monotonic()
         while due < start + duration_s:
@@ -129,16 +136,13 @@ class Soak:
         self.tally.sent[name] += 1
         await ask()
 
-    async def _sample(self) -> None:
+    async def _sample(self, on_second: Callable[[float], None]) -> None:
         start = time.monotonic()
         while True:
-            status = (self._process / "status").read_text()
-            rss_kib = int(status.partition("VmRSS:")[2].split()[0])
-            self.samples.time_s.append(round(time.monotonic() - start, 1))
-            self.samples.rss_mib.append(round(rss_kib / 1024, 2))
-            descriptors = len(list((self._process / "fd").iterdir()))
-            self.samples.descriptors.append(descriptors)
-            self.samples.answered.append(sum(self.tally.statuses.values()))
+            elapsed_s = time.monotonic() - start
+            self.watch.sample(elapsed_s)
+            self.answered.append(sum(self.tally.statuses.values()))
+            on_second(elapsed_s)
             await asyncio.sleep(SAMPLE_S)
 
     # The mix.
@@ -229,110 +233,114 @@ def _is_well_formed(response: httpx.Response, *, expect_refusal: bool) -> bool:
     )
 
 
-def judge_growth(values: list[float]) -> tuple[float, float]:
-    """Medians of the first and the last quarter of what follows the warm-up."""
-    steady = values[int(len(values) * WARM_UP_SHARE) :]
+def judge_growth(values: Sequence[float]) -> tuple[float, float]:
+    """Medians of the first and the last quarter of what follows the warm-up; else 0."""
+    steady = values[int(len(values) * WARM_UP_SHARE) :] or [0]
     quarter = max(1, len(steady) // 4)
     first, last = sorted(steady[:quarter]), sorted(steady[-quarter:])
     return first[len(first) // 2], last[len(last) // 2]
 
 
-def build_report(soak: Soak, *, duration_s: float, rate: float) -> dict[str, Any]:
+def build_result(soak: Soak, *, duration_s: float, rate: float) -> dict[str, Any]:
     """Figures, and what failed, in words; nothing failed where that is empty."""
-    tally, samples = soak.tally, soak.samples
-    rss_first, rss_last = judge_growth(samples.rss_mib)
-    fd_first, fd_last = judge_growth([float(n) for n in samples.descriptors])
-    failures = []
+    tally = soak.tally
+    problems = []
     if tally.lost:
-        failures.append(f"{tally.lost} requests without a well-formed response")
+        problems.append(f"{tally.lost} requests without a well-formed response")
     if tally.late:
-        failures.append(f"{tally.late} responses over {GRACE_S} s late")
-    if rss_last > rss_first * (1 + MAX_GROWTH):
-        failures.append(f"memory grew from {rss_first} to {rss_last} MiB")
-    if fd_last > fd_first + MAX_DESCRIPTORS_MORE:
-        failures.append(f"descriptors grew from {fd_first:.0f} to {fd_last:.0f}")
+        problems.append(f"{tally.late} responses over {GRACE_S:g} s late")
+    processes = []
+    for curve in soak.watch.curves:
+        rss_first, rss_last = judge_growth(curve.rss_mib)
+        fd_first, fd_last = judge_growth(curve.descriptors)
+        if curve.ended:
+            problems.append(f"{curve.name} ended")
+        if rss_last > rss_first * (1 + MAX_GROWTH):
+            problems.append(
+                f"{curve.name}: memory grew from {rss_first} to {rss_last} MiB"
+            )
+        if fd_last > fd_first + MAX_DESCRIPTORS_MORE:
+            problems.append(
+                f"{curve.name}: descriptors grew from {fd_first} to {fd_last}"
+            )
+        processes.append(
+            {
+                "name": curve.name,
+                "rss_mib": {"after_warm_up": rss_first, "end": rss_last},
+                "descriptors": {"after_warm_up": fd_first, "end": fd_last},
+                "samples": {"rss_mib": curve.rss_mib, "descriptors": curve.descriptors},
+            }
+        )
     return {
+        "kind": "soak",
+        "format_version": FORMAT_VERSION,
         "duration_s": duration_s,
         "rate": round(rate, 2),
+        "deadline_s": DEADLINE_S,
         "sent": dict(tally.sent),
         "statuses": dict(tally.statuses),
         "cancelled": tally.cancelled,
         "lost": tally.lost,
         "late": tally.late,
         "worst_lateness_s": round(tally.worst_lateness_s, 3),
-        "rss_mib": {"after_warm_up": rss_first, "end": rss_last},
-        "descriptors": {"after_warm_up": fd_first, "end": fd_last},
-        "failures": failures,
-        "samples": vars(samples),
+        "processes": processes,
+        "time_s": soak.watch.time_s,
+        "answered": soak.answered,
+        "problems": problems,
+        "remarks": [],
     }
 
 
-def write_page(report: dict[str, Any], path: Path) -> None:
-    """Memory, descriptors and answers over time, on one self-contained page."""
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
+@dataclass(frozen=True, slots=True)
+class SoakOptions:
+    """What ``int8qa bench soak`` was told."""
 
-    curves = {
-        "rss_mib": "resident memory, MiB",
-        "descriptors": "open descriptors",
-        "answered": "responses so far",
-    }
-    samples = report["samples"]
-    figure = make_subplots(
-        rows=len(curves),
-        cols=1,
-        shared_xaxes=True,
-        subplot_titles=list(curves.values()),
-    )
-    for row, name in enumerate(curves, 1):
-        curve = go.Scatter(x=samples["time_s"], y=samples[name], name=curves[name])
-        figure.add_trace(curve, row=row, col=1)
-        figure.update_yaxes(rangemode="tozero", row=row, col=1)
-    figure.update_xaxes(title_text="seconds", row=len(curves), col=1)
-    outcome = "; ".join(report["failures"]) or "nothing lost, nothing grew"
-    figure.update_layout(title=f"Soak: {outcome}", showlegend=False, height=800)
-    figure.write_html(path, include_plotlyjs=True)
+    url: str
+    pid: int
+    """Of the gateway; its children are watched with it."""
+    duration_s: float = 1200.0
+    load: float = 0.8
+    """Share of the capacity that is measured first."""
+    rate: float | None = None
+    """Requests a second, instead."""
+    seed: int = 1
 
 
-async def run_soak(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Calibrate, run, judge."""
+def run_soak(
+    options: SoakOptions, on_second: Callable[[float, float], None]
+) -> dict[str, Any]:
+    """Measure the capacity, load, judge.
+
+    Args:
+        options: see there.
+        on_second: called with the seconds since the start and the rate.
+
+    Raises:
+        GatewayRequestError: no such process, no gateway, or one that does not answer.
+    """
+    watch = Watch(options.pid)
+    provenance = describe_run(PACKAGES)
+    return asyncio.run(_run(options, watch, on_second)) | {"provenance": provenance}
+
+
+async def _run(
+    options: SoakOptions, watch: Watch, on_second: Callable[[float, float], None]
+) -> dict[str, Any]:
     # More connections than the gateway will ever see waiting: a request must not
     # queue in the client.
     limits = httpx.Limits(max_connections=2048, max_keepalive_connections=64)
+    # From the environment, so that neither the command nor the report has it.
+    key = os.environ.get("INT8QA_API_KEY", "").strip()
     async with httpx.AsyncClient(
-        base_url=arguments.url, limits=limits, timeout=DEADLINE_S + 20
+        base_url=options.url,
+        limits=limits,
+        timeout=DEADLINE_S + 20,
+        headers={"Authorization": f"Bearer {key}"} if key else None,
+        trust_env=False,
     ) as client:
-        soak = Soak(client, arguments.pid, arguments.seed)
-        rate = arguments.rate
+        soak = Soak(client, watch, options.seed)
+        rate = options.rate
         if rate is None:
-            rate = arguments.load * await soak.measure_capacity()
-            soak.tally = Tally()
-        sys.stderr.write(f"{rate:.1f} requests/s for {arguments.duration:.0f} s\n")
-        await soak.run(arguments.duration, rate)
-        return build_report(soak, duration_s=arguments.duration, rate=rate)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run as ``python -m int8qa.bench.soak``; 0 if nothing failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--url", default="http://127.0.0.1:8080")
-    parser.add_argument("--pid", type=int, required=True, help="of the gateway")
-    parser.add_argument("--duration", type=float, default=1200.0, help="seconds")
-    parser.add_argument(
-        "--load", type=float, default=0.8, help="share of the measured capacity"
-    )
-    parser.add_argument("--rate", type=float, help="requests a second, instead")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path("soak"))
-    arguments = parser.parse_args(argv)
-    report = asyncio.run(run_soak(arguments))
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "soak.json").write_text(json.dumps(report, indent=1))
-    write_page(report, arguments.output / "soak.html")
-    shown = {name: value for name, value in report.items() if name != "samples"}
-    sys.stdout.write(json.dumps(shown, indent=1) + "\n")
-    return 1 if report["failures"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            rate = options.load * await soak.measure_capacity()
+        await soak.run(options.duration_s, rate, lambda at_s: on_second(at_s, rate))
+        return build_result(soak, duration_s=options.duration_s, rate=rate)
