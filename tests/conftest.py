@@ -18,6 +18,21 @@ settings.register_profile("int8qa", deadline=None)
 settings.load_profile("int8qa")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Share the tests out among processes (pytest-xdist): a file stays together.
+
+    So do those that start whole services: they take most of the machine, and share a
+    built model repository. They go first, since they take longest.
+    """
+    alone = Path(__file__).parent / "integration"
+    items.sort(key=lambda item: alone not in item.path.parents)
+    for item in items:
+        whole = alone in item.path.parents
+        group = alone.name if whole else item.path.stem + item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture
 def run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path

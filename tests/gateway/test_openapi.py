@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 from int8qa.contract import Precision
 from int8qa.gateway import schemas
@@ -18,13 +18,13 @@ BODIES = [
     value
     for value in vars(schemas).values()
     if isinstance(value, type)
-    and issubclass(value, schemas.BaseModel)
+    and issubclass(value, BaseModel)
     and value.model_config.get("json_schema_extra")
 ]
 
 
 @pytest.mark.parametrize("model", BODIES, ids=lambda model: model.__name__)
-def test_examples_validate(model: type[schemas.BaseModel]):
+def test_examples_validate(model: type[BaseModel]):
     """Every example in a schema is an instance of it."""
     examples = model.model_config["json_schema_extra"]["examples"]
     assert examples
