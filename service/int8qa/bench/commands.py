@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from int8qa.bench.load import Scenario
-from int8qa.build.commands import JsonOption, RepositoryOption
+from int8qa.build.arguments import JsonOption, RepositoryOption
+from int8qa.client_commands import UrlOption
 from int8qa.contract import Precision
 from int8qa.errors import GatewayRequestError
 from int8qa.settings import load_settings
@@ -30,16 +31,6 @@ PrecisionOption = Annotated[
     list[Precision] | None,
     typer.Option(
         help="Repeat for several.  [default: all that there are]", show_default=False
-    ),
-]
-
-UrlOption = Annotated[
-    str | None,
-    typer.Option(
-        "--url",
-        help="Base URL of a running gateway.  [default: http://127.0.0.1:8080, or "
-        "the port of INT8QA_PORT]",
-        show_default=False,
     ),
 ]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import typer
 
-from int8qa.build.commands import RepositoryOption
+from int8qa.build.arguments import RepositoryOption
 from int8qa.errors import MissingDependencyError
 from int8qa.settings import load_settings
 

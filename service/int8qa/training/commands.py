@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from int8qa.build.commands import (
+from int8qa.build.arguments import (
     CheckpointOption,
     JsonOption,
     RevisionOption,
