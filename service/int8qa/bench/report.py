@@ -215,11 +215,8 @@ def tabulate_processes(result: Json) -> dict[str, Any]:
     rows = [
         (
             process["name"],
-            *(
-                format_number(process[quantity][when])
-                for quantity in ("rss_mib", "descriptors")
-                for when in ("after_warm_up", "end")
-            ),
+            *(format_number(mib) for mib in process["rss_mib"].values()),
+            *(f"{count:,}" for count in process["descriptors"].values()),
         )
         for process in result["processes"]
     ]

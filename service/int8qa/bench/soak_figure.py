@@ -19,7 +19,7 @@ from int8qa.build.comparison.parts import (
 
 _COLOURS = tuple(
     f"var(--{name})"
-    for name in ("recipe-1", "recipe-2", "recipe-3", "mse", "entropy", "search", "bars")
+    for name in ("recipe-1", "recipe-2", "recipe-3", "entropy", "search", "bars")
 )
 
 
@@ -76,4 +76,4 @@ def _plot(
         for name, values in curves.items()
         if values
     )
-    return Choice(label=label, figure=figure, description=f"{title}. {ranges}.")
+    return Choice(label=label, figure=figure, description=f"{label}: {ranges}.")
