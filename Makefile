@@ -22,12 +22,14 @@ test-all: install ## all tests; plans are built if tensorrt-rtx is installed
 	@$(BIN)/python -m pytest
 
 check: install ## formatting, lint, types, import rules, generated docs
-	@$(BIN)/ruff format --check service tests scripts
-	@$(BIN)/ruff check service tests scripts
+	@$(BIN)/ruff format --check service tests scripts deploy
+	@$(BIN)/ruff check service tests scripts deploy
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/python scripts/generate_settings_table.py --check
 	@$(BIN)/python scripts/generate_boards.py --check
+	@$(BIN)/python deploy/kubernetes/generate_rules.py --check
+	@$(BIN)/python -m pytest -q tests/deploy/test_rendering.py
 	@$(BIN)/python scripts/list_licenses.py --check
 
 audit: install ## the lock held to the database of known vulnerabilities
