@@ -60,8 +60,9 @@ class TritonSettings(_Group):
 
     url: str = Field(
         default="127.0.0.1:8001",
-        description="host:port of Triton's gRPC endpoint; `int8qa up` sets its own",
-        pattern=r"^[^\s/]+:\d{1,5}$",
+        description="host:port of Triton's gRPC endpoint, `int8qa up` sets its own; "
+        "several with commas between, or `dns:///name:port` for all that a name has",
+        pattern=r"^(dns:///)?[^\s/,]+:\d{1,5}(,(dns:///)?[^\s/,]+:\d{1,5})*$",
     )
     probe_interval_s: float = Field(
         default=0.5,

@@ -120,6 +120,13 @@ class FakeEngine:
         if self.mismatch is not None:
             raise self.mismatch
 
+    async def holds(self, precision: Precision) -> bool:
+        with contextlib.suppress(ContractError):
+            if await self.ready(precision):
+                await self.check_contract(precision)
+                return True
+        return False
+
     async def load(self, precision: Precision) -> None:
         raise ModelLoadError(f"{precision} is not for loading")
 

@@ -6,6 +6,7 @@ import math
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from int8qa.contract import Precision
 from tests.gateway.fakes import CONTEXT, QUESTION, Service, open_service
 
 CONTRACT = {
@@ -121,3 +122,16 @@ async def test_applications_do_not_share_metrics(tokenizer):
         name = 'int8qa_batch_windows_sum{precision="int8"}'
         assert (await first.read_metrics())[name] == 1
         assert (await second.read_metrics())[name] == 0
+
+
+async def test_tritons_are_counted_by_build(service: Service):
+    """Of several Tritons: how many serve; forgotten with the build they serve."""
+    gateway = service.app.state.gateway
+    gateway.telemetry.count_tritons(Precision.INT8, 2, 1)
+    metrics = await service.read_metrics()
+    assert metrics['int8qa_tritons{precision="int8",state="serving"}'] == 2
+    assert metrics['int8qa_tritons{precision="int8",state="left_out"}'] == 1
+    gateway.telemetry.show_contract(gateway.contract)
+    assert not any(
+        name.startswith("int8qa_tritons") for name in await service.read_metrics()
+    )

@@ -31,6 +31,7 @@ import int8qa
 from int8qa.contract import (
     TOKENIZER_FILENAME,
     Contract,
+    Precision,
     load_contract,
 )
 from int8qa.errors import ConfigurationError, Int8qaError
@@ -57,7 +58,7 @@ from int8qa.gateway.reload import Gateway, Reloader
 from int8qa.gateway.routes import get_gateway, get_record
 from int8qa.gateway.telemetry import Telemetry
 from int8qa.gateway.tracing import NO_TRACING, Tracing, open_tracing
-from int8qa.gateway.triton import TritonEngine
+from int8qa.gateway.triton_group import open_tritons
 from int8qa.gateway.waiting import finish_within
 from int8qa.reader.tokenizer import ReaderTokenizer
 from int8qa.settings import Settings
@@ -448,12 +449,17 @@ def serve(
     )
     tracing = open_tracing(settings.tracing)
 
-    def open_engine(contract: Contract) -> TritonEngine:
-        return TritonEngine(
+    def count(precision: Precision, serving: int, left_out: int) -> None:
+        telemetry: Telemetry = app.state.gateway.telemetry
+        telemetry.count_tritons(precision, serving, left_out)
+
+    def open_engine(contract: Contract) -> Engine:
+        return open_tritons(
             settings.triton.url,
             contract,
             control_key=settings.triton.control_key,
             tracing=tracing,
+            count=count,
         )
 
     app = create_app(

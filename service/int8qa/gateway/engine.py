@@ -30,13 +30,13 @@ JITTER = 0.25
 
 
 class Engine(Protocol):
-    """An inference server; every error it raises is one of int8qa's."""
+    """One inference server, or several alike; every error is one of int8qa's."""
 
     async def connect(self) -> None:
         """Open what the engine needs; returns at once, whether it is there or not."""
 
     async def ready(self, precision: Precision) -> bool:
-        """Whether the model of a precision answers; False while it loads.
+        """Whether the model of a precision answers somewhere; False while it loads.
 
         Raises:
             EngineUnavailableError: the server cannot be reached.
@@ -50,15 +50,24 @@ class Engine(Protocol):
             EngineUnavailableError: the server cannot be reached.
         """
 
-    async def load(self, precision: Precision) -> None:
-        """Have the server load the model; those it serves go on.
+    async def holds(self, precision: Precision) -> bool:
+        """Whether every server has the model of the contract loaded, and no other.
+
+        ``ready`` asks less, where there are several: whether one has it.
 
         Raises:
-            ModelLoadError: it refused or failed; says why.
+            EngineUnavailableError: a server cannot be reached.
+        """
+
+    async def load(self, precision: Precision) -> None:
+        """Have every server load the model, or none; those they serve go on.
+
+        Raises:
+            ModelLoadError: one refused or failed; says why.
         """
 
     async def unload(self, precision: Precision) -> None:
-        """Have the server give the model up.
+        """Have every server give the model up.
 
         Raises:
             ModelLoadError: it refused or failed; says why.

@@ -196,10 +196,8 @@ class Reloader:
         engine: Engine,
         loaded: list[Precision],
     ) -> None:
-        with contextlib.suppress(ContractError):
-            if await engine.ready(precision):
-                await engine.check_contract(precision)
-                return
+        if await engine.holds(precision):
+            return
         before = self.current
         name = contract.triton_name(precision)
         shared = (

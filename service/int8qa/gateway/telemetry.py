@@ -253,6 +253,12 @@ class Telemetry:
             ("precision",),
             registry=self.registry,
         )
+        self._tritons = Gauge(
+            "int8qa_tritons",
+            "Tritons behind the gateway by what the last probe found, if several",
+            ("precision", "state"),
+            registry=self.registry,
+        )
         self._key_requests_total = Counter(
             "int8qa_key_requests_total",
             "Requests that need an API key, by the key's name and what became of them",
@@ -287,6 +293,7 @@ class Telemetry:
             self._model_f1,
             self._model_ready,
             self._serving_precision,
+            self._tritons,
         ):
             of_model.clear()
         for precision, model in contract.models.items():
@@ -376,6 +383,10 @@ class Telemetry:
     def set_serving(self, serving: Precision) -> None:
         for precision in self._precisions:
             self._serving_precision.labels(precision.value).set(precision is serving)
+
+    def count_tritons(self, precision: Precision, serving: int, left_out: int) -> None:
+        self._tritons.labels(precision.value, "serving").set(serving)
+        self._tritons.labels(precision.value, "left_out").set(left_out)
 
     def count_diversion(self, serving: Precision) -> None:
         self._diversions_total.labels(serving.value).inc()

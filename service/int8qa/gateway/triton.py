@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -28,6 +28,7 @@ from int8qa.contract import (
     check_model_tensors,
 )
 from int8qa.errors import (
+    ContractError,
     DeadlineExceededError,
     EngineOutputError,
     EngineUnavailableError,
@@ -49,7 +50,7 @@ _GRPC_CONTROL_HEADER = f"triton-grpc-protocol-{CONTROL_HEADER}"
 _MAX_MESSAGE_BYTES = 256 * 2**20
 _MAX_DETAIL_CHARS = 300
 
-CHANNEL_ARGUMENTS: tuple[tuple[str, int], ...] = (
+CHANNEL_ARGUMENTS: tuple[tuple[str, int | str], ...] = (
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     # A peer that vanished without closing is noticed within about 15 s.
@@ -106,8 +107,22 @@ class TritonEngine:
         *,
         control_key: str = "",
         tracing: Tracing = NO_TRACING,
+        target: str | None = None,
+        channel_arguments: Sequence[tuple[str, int | str]] = CHANNEL_ARGUMENTS,
     ) -> None:
+        """Prepare; ``connect`` opens the channel.
+
+        Args:
+            url: host:port, and what errors and traces call this Triton.
+            contract: of the models to ask for.
+            control_key: without it no model can be loaded.
+            tracing: of the process.
+            target: what gRPC is to connect to, where that is not ``url``.
+            channel_arguments: gRPC's.
+        """
         self._url = url
+        self._target = target or url
+        self._channel_arguments = list(channel_arguments)
         self._contract = contract
         self._control_headers = (
             {_GRPC_CONTROL_HEADER: control_key} if control_key else None
@@ -119,7 +134,7 @@ class TritonEngine:
         """Open the channel; gRPC connects, and reconnects, by itself."""
         if self._client is None:
             self._client = triton_grpc.InferenceServerClient(
-                url=self._url, channel_args=list(CHANNEL_ARGUMENTS)
+                url=self._target, channel_args=self._channel_arguments
             )
 
     async def close(self) -> None:
@@ -163,6 +178,18 @@ class TritonEngine:
             outputs=[(tensor.name, tensor.datatype) for tensor in metadata.outputs],
             build_id=answer.config.parameters[BUILD_ID_PARAMETER].string_value,
         )
+
+    async def holds(self, precision: Precision) -> bool:
+        """Whether Triton has the model of the contract loaded, and no other.
+
+        Raises:
+            EngineUnavailableError: Triton is not reachable, or hangs.
+        """
+        with contextlib.suppress(ContractError):
+            if await self.ready(precision):
+                await self.check_contract(precision)
+                return True
+        return False
 
     async def load(self, precision: Precision) -> None:
         """Have Triton load a model, beside those it serves; returns once it is ready.
