@@ -2,6 +2,8 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
+# Two processes share the tests; each leaves the other a core.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help install up test test-all check gpu-check bench golden lock settings boards compose-test soak audit sbom clean
@@ -16,10 +18,10 @@ up: install ## build the demo models if need be, start Triton and the gateway on
 	@exec $(BIN)/int8qa up
 
 test: install ## the tests, but for the slow ones
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 test-all: install ## all tests; plans are built if tensorrt-rtx is installed
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 check: install ## formatting, lint, types, import rules, generated docs
 	@$(BIN)/ruff format --check service tests scripts deploy

@@ -36,6 +36,7 @@ COMMANDS = (
         "train",
         "keys",
         "bench",
+        "plan",
     ),
 )
 SQUAD = {
