@@ -657,7 +657,11 @@ LATE = DeadlineExceededError("Triton was late")
         (answer_with(lambda _: None), EngineOutputError),
         (answer_with(lambda b: BatchLogits(echo(b).start, None)), EngineOutputError),
     ],
-    ids=str,
+    # Names, not addresses: all processes that share the tests must agree on them.
+    ids=(
+        *("away-now", "away-later", "late", "type", "os", "cancelled", "timeout"),
+        *("nothing", "half"),
+    ),
 )
 @in_virtual_time
 async def test_line_6_exception_boundary_covers_dispatch(infer, expected):
