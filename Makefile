@@ -2,8 +2,8 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
-# Two processes share the tests; each leaves the other a core.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+# Two processes share the tests, in the order of tests/conftest.py; each leaves the other a core.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help install up test test-all check gpu-check bench golden lock settings boards compose-test soak audit sbom clean

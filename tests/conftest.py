@@ -18,19 +18,25 @@ settings.register_profile("int8qa", deadline=None)
 settings.load_profile("int8qa")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Share the tests out among processes (pytest-xdist): a file stays together.
+WHOLE = "tests/integration/"
+"""Tests of whole services: each takes the machine, and all share a built repository."""
 
-    So do those that start whole services: they take most of the machine, and share a
-    built model repository. They go first, since they take longest.
-    """
-    alone = Path(__file__).parent / "integration"
-    items.sort(key=lambda item: alone not in item.path.parents)
-    for item in items:
-        whole = alone in item.path.parents
-        group = alone.name if whole else item.path.stem + item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(group))
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests of whole services, which take longest."""
+    items.sort(key=lambda item: not item.nodeid.startswith(WHOLE))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of several processes, one gets all tests of whole services, or all of a file."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return WHOLE if nodeid.startswith(WHOLE) else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture

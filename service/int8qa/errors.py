@@ -11,6 +11,7 @@ Int8qaError
 ├── DeadlineExceededError        accepted, but not answered in time
 ├── EngineError                  the engine behind the gateway
 │   ├── EngineUnavailableError   Triton is not there, or the model is not ready
+│   │   └── NotLoadedError       … Triton is there
 │   ├── ModelLoadError           Triton would not load or unload a model
 │   └── EngineOutputError        Triton answered, but not with usable logits
 ├── ConfigurationError           a setting is unknown, out of range or contradictory
@@ -92,6 +93,10 @@ class EngineUnavailableError(EngineError):
         super().__init__(message)
         self.retry_after_s = retry_after_s
         """When it is worth asking again, in seconds."""
+
+
+class NotLoadedError(EngineUnavailableError):
+    """A Triton answers, but has no model of that name ready."""
 
 
 class ModelLoadError(EngineError):

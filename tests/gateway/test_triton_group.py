@@ -48,11 +48,14 @@ class Server(FakeTriton):
     answered: int = 0
     cancelled: int = 0
     _server: grpc.aio.Server | None = None
+    _reserved: socket.socket | None = None
+    """Holds the port of a server that is down, for nobody else to answer there."""
 
     def __post_init__(self) -> None:
         self.held.set()
 
     async def start(self) -> None:
+        self._give_up_port()
         self._server = grpc.aio.server()
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
         self.port = self._server.add_insecure_port(self.address)
@@ -62,6 +65,13 @@ class Server(FakeTriton):
         server, self._server = self._server, None
         if server is not None:
             await server.stop(grace_s)
+            self._reserved = socket.socket()
+            self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._reserved.bind((self.host, self.port))
+
+    def _give_up_port(self) -> None:
+        if self._reserved is not None:
+            self._reserved.close()
 
     @property
     def address(self) -> str:
@@ -109,6 +119,7 @@ async def run_tritons(count: int = 3) -> AsyncIterator[list[Server]]:
         for server in servers:
             server.held.set()
             await server.stop()
+            server._give_up_port()
 
 
 @contextlib.asynccontextmanager

@@ -170,13 +170,21 @@ class Page:
     async def wait_for(self, condition: str) -> None:
         """Wait until an expression is true; fails with what the page complained of."""
         deadline = time.monotonic() + WAIT_S
-        while not await self.evaluate(f"Boolean({condition})"):
+        while not await self._holds(condition):
             if time.monotonic() > deadline:
                 shown = await self.evaluate("document.body.innerText")
                 raise AssertionError(
                     f"not within {WAIT_S} s: {condition}\n{self.complaints}\n{shown}"
                 )
             await asyncio.sleep(0.02)
+
+    async def _holds(self, condition: str) -> bool:
+        try:
+            return bool(await self.evaluate(f"Boolean({condition})"))
+        except RuntimeError as error:
+            if "navigated" not in str(error):
+                raise
+            return False  # asked of the page before
 
     async def text(self, selector: str) -> str:
         """What an element says."""

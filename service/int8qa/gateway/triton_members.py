@@ -17,6 +17,7 @@ from int8qa.errors import (
     EngineUnavailableError,
     Int8qaError,
     ModelLoadError,
+    NotLoadedError,
 )
 from int8qa.gateway.triton import TritonEngine
 from int8qa.gateway.triton_addresses import AddressBook
@@ -24,10 +25,6 @@ from int8qa.gateway.triton_addresses import AddressBook
 PATIENCE_S = 0.5
 """Who answers a probe so much later than the first of his like is left out. On a
 machine too busy to answer all are late, and none is."""
-
-
-class NotLoadedError(EngineUnavailableError):
-    """A Triton answers, but has no model of that name ready."""
 
 
 @dataclass(frozen=True, slots=True)
