@@ -65,9 +65,11 @@ class Server(FakeTriton):
         server, self._server = self._server, None
         if server is not None:
             await server.stop(grace_s)
-            self._reserved = socket.socket()
+            host = self.host.strip("[]")
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            self._reserved = socket.socket(family)
             self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._reserved.bind((self.host, self.port))
+            self._reserved.bind((host, self.port))
 
     def _give_up_port(self) -> None:
         if self._reserved is not None:
