@@ -2,8 +2,9 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
-# Two processes share the tests, in the order of tests/conftest.py; each leaves the other a core.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Two processes share the tests; those of whole services have the machine to themselves.
+PYTEST := $(BIN)/python -m pytest
+SHARED := -n 2 --dist loadfile --ignore tests/integration
 
 .DEFAULT_GOAL := help
 .PHONY: help install up test test-all check gpu-check bench golden lock settings boards compose-test soak audit sbom clean
@@ -18,10 +19,12 @@ up: install ## build the demo models if need be, start Triton and the gateway on
 	@exec $(BIN)/int8qa up
 
 test: install ## the tests, but for the slow ones
-	@$(PYTEST) -m "not slow"
+	@OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" $(SHARED)
+	@$(PYTEST) -m "not slow" tests/integration
 
 test-all: install ## all tests; plans are built if tensorrt-rtx is installed
-	@$(PYTEST)
+	@OMP_NUM_THREADS=1 $(PYTEST) $(SHARED)
+	@$(PYTEST) tests/integration
 
 check: install ## formatting, lint, types, import rules, generated docs
 	@$(BIN)/ruff format --check service tests scripts deploy

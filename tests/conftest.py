@@ -18,27 +18,6 @@ settings.register_profile("int8qa", deadline=None)
 settings.load_profile("int8qa")
 
 
-WHOLE = "tests/integration/"
-"""Tests of whole services: each takes the machine, and all share a built repository."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the tests of whole services, which take longest."""
-    items.sort(key=lambda item: not item.nodeid.startswith(WHOLE))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of several processes, one gets all tests of whole services, or all of a file."""
-    from xdist.scheduler import LoadFileScheduling
-
-    class Scheduling(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return WHOLE if nodeid.startswith(WHOLE) else super()._split_scope(nodeid)
-
-    return Scheduling(config, log)
-
-
 @pytest.fixture
 def run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
