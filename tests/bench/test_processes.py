@@ -43,7 +43,8 @@ def test_family() -> None:
         parent_curve, child_curve = watch.curves
         assert parent_curve.name.endswith(f" {process.pid}")
         assert parent_curve.descriptors[0] > 40 > child_curve.descriptors[0]
-        assert min(parent_curve.rss_mib + child_curve.rss_mib) > 1
+        # The child may be so young that it has hardly a page.
+        assert parent_curve.rss_mib[0] > child_curve.rss_mib[0] > 0
         process.stdin.write("\n")
         process.stdin.flush()
         assert process.stdout.readline() == "child ended\n"
