@@ -22,6 +22,15 @@ MAX_ATTEMPTS = 30
 """Times one question is sent before an overloaded or absent gateway is an error."""
 
 
+def build_key_headers() -> dict[str, str]:
+    """Headers with the API key of ``INT8QA_API_KEY``; none where it is unset.
+
+    From the environment, so that no command, record or report has it.
+    """
+    key = os.environ.get("INT8QA_API_KEY", "").strip()
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 class GatewayClient:
     """An HTTP client of one gateway; use it as an async context manager.
 
@@ -30,11 +39,8 @@ class GatewayClient:
 
     def __init__(self, url: str, *, timeout_s: float = 120.0) -> None:
         self._url = url.rstrip("/")
-        key = os.environ.get("INT8QA_API_KEY", "").strip()
         self._client = httpx.AsyncClient(
-            timeout=timeout_s,
-            trust_env=False,
-            headers={"Authorization": f"Bearer {key}"} if key else None,
+            timeout=timeout_s, trust_env=False, headers=build_key_headers()
         )
 
     async def __aenter__(self) -> GatewayClient:  # noqa: PYI034 - Self is 3.11+

@@ -7,7 +7,7 @@ Measures nothing; the page is filled into the frame of the calibrators' comparis
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,14 @@ def write_report(result: Json, output: Path) -> tuple[Path, Path]:
         "engine": render_engine,
         "soak": render_soak,
     }[kind]
-    data, page = output / f"{kind}.json", output / f"{kind}.html"
+    return write_files(result, output, kind, render)
+
+
+def write_files(
+    result: Json, output: Path, name: str, render: Callable[[Json], str]
+) -> tuple[Path, Path]:
+    """Write ``name.json`` and the page that ``render`` makes of it, ``name.html``."""
+    data, page = output / f"{name}.json", output / f"{name}.html"
     clean = drop_nonfinite(result)
     text = json.dumps(clean, indent=2, ensure_ascii=False)
     data.write_text(text + "\n", encoding="utf-8")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ import httpx
 
 from int8qa.bench.processes import Watch
 from int8qa.bench.provenance import describe_run
+from int8qa.client import build_key_headers
 from int8qa.errors import GatewayRequestError
 
 FORMAT_VERSION = 1
@@ -329,13 +329,11 @@ async def _run(
     # More connections than the gateway will ever see waiting: a request must not
     # queue in the client.
     limits = httpx.Limits(max_connections=2048, max_keepalive_connections=64)
-    # From the environment, so that neither the command nor the report has it.
-    key = os.environ.get("INT8QA_API_KEY", "").strip()
     async with httpx.AsyncClient(
         base_url=options.url,
         limits=limits,
         timeout=DEADLINE_S + 20,
-        headers={"Authorization": f"Bearer {key}"} if key else None,
+        headers=build_key_headers(),
         trust_env=False,
     ) as client:
         soak = Soak(client, watch, options.seed)

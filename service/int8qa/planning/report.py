@@ -6,12 +6,12 @@ page is filled into the frame of the calibrators' comparison.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from int8qa.bench.provenance import list_facts
-from int8qa.build.comparison.frame import bundle, drop_nonfinite, render_frame
+from int8qa.bench.report import write_files
+from int8qa.build.comparison.frame import bundle, render_frame
 from int8qa.build.comparison.parts import Json, format_number, format_percent
 from int8qa.planning.figures import plot_fleet, plot_load
 from int8qa.planning.validation import write_verdict as write_validation_verdict
@@ -26,12 +26,7 @@ _OVERHEADS = {
 
 def write_report(result: Json, output: Path) -> tuple[Path, Path]:
     """Write ``plan.json`` and ``plan.html``."""
-    data, page = output / "plan.json", output / "plan.html"
-    clean = drop_nonfinite(result)
-    text = json.dumps(clean, indent=2, ensure_ascii=False)
-    data.write_text(text + "\n", encoding="utf-8")
-    page.write_text(render_page(clean), encoding="utf-8")
-    return data, page
+    return write_files(result, output, "plan", render_page)
 
 
 def render_page(result: Json) -> str:
