@@ -18,7 +18,7 @@ from int8qa.planning.cost_model import (
     tabulate_costs,
 )
 from int8qa.planning.simulation import Shape
-from tests.planning.test_batching import CONTRACT
+from tests.planning.conftest import CONTRACT
 
 TERMS = (2.0, 0.03, 6e-5)
 SHAPES = [(1, 128), (1, 384), (8, 128), (4, 64), (2, 32)]

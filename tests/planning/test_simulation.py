@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from int8qa.planning.batching import Policy
+from int8qa.gateway.line import Policy
 from int8qa.planning.simulation import (
     Overheads,
     Service,
@@ -15,7 +15,7 @@ from int8qa.planning.simulation import (
     simulate_poisson,
 )
 from int8qa.planning.traffic import Question
-from tests.planning.conftest import make_service
+from tests.planning.conftest import make_costs, make_service
 
 MEAN_S = 0.01
 QUANTILES = 40
@@ -26,12 +26,9 @@ def make_single_server(times_s: list[float]) -> tuple[Service, tuple[Question, .
 
     A padded length for each time of service, all equally likely.
     """
-    lengths = range(1, len(times_s) + 1)
-    service = Service(
-        Policy(dict.fromkeys(lengths, (1,)), max_wait_s=1.0, max_in_flight=1),
-        {(1, length): time_s for length, time_s in zip(lengths, times_s, strict=True)},
-    )
-    return service, tuple((length,) for length in lengths)
+    batch_s = {(1, length): time_s for length, time_s in enumerate(times_s, 1)}
+    policy = Policy(make_costs(batch_s), max_wait_s=1.0, max_in_flight=1)
+    return Service(policy, batch_s), tuple((length,) for _, length in batch_s)
 
 
 def list_exponential() -> list[float]:

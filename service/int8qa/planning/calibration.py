@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from int8qa.planning.batching import Policy
+from int8qa.gateway.line import Policy
 from int8qa.planning.simulation import (
     Overheads,
     Service,
@@ -64,6 +64,7 @@ def calibrate(
     *,
     clients: int = OFFLINE_CLIENTS,
     shares_cores: bool = True,
+    instances: int = 1,
 ) -> Calibration:
     """Find the overheads of one precision.
 
@@ -81,6 +82,7 @@ def calibrate(
         clients: requests that Offline kept under way.
         shares_cores: whether the engine runs where the gateway does; if not, no
             interference is assumed.
+        instances: of the engine.
     """
     overheads = ASSUMED if shares_cores else replace(ASSUMED, interference_s=0.0)
     measured = dict.fromkeys(asdict(overheads), False)
@@ -88,7 +90,7 @@ def calibrate(
 
     def simulate(clients: int) -> tuple[float, float]:
         seen = simulate_clients(
-            Service(policy, batch_s, overheads),
+            Service(policy, batch_s, overheads, instances),
             questions,
             clients,
             count=COUNT,

@@ -148,8 +148,7 @@ def tabulate_costs(measured: Mapping[Shape, float], contract: Contract) -> CostT
     legal = [
         (batch, length)
         for length in contract.sequence_buckets
-        for batch in contract.batch_sizes
-        if batch == 1 or batch * length <= contract.max_batch_tokens
+        for batch in contract.list_batch_sizes(length)
     ]
     missing = [shape for shape in legal if shape not in measured]
     if not missing:

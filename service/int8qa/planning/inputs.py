@@ -1,8 +1,8 @@
 """What a plan is made from: the files named, read, and held to each other.
 
-In: a model repository, results of the benchmarks, a question file. Out: traffic,
-policy, and a service with calibrated overheads for each precision. What does not fit
-together is a remark, not an error: a plan for another build is better than none.
+In: a model repository, results of the benchmarks, a question file. Out: traffic, and
+a service with calibrated overheads for each precision. What does not fit together is a
+remark, not an error: a plan for another build is better than none.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from int8qa.build.triton_config import OPENVINO_INSTANCES
 from int8qa.contract import Contract, Precision, load_contract
 from int8qa.errors import DataFileError
-from int8qa.planning.batching import Policy, derive_policy
+from int8qa.gateway.line import derive_policy
 from int8qa.planning.calibration import Calibration, calibrate
 from int8qa.planning.cost_model import (
     CostTable,
@@ -70,7 +71,6 @@ class PlanInputs:
 
     options: PlanOptions
     contract: Contract
-    policy: Policy
     traffic: Traffic
     times: Measured
     gateway: Json | None
@@ -108,17 +108,21 @@ class PlanInputs:
             runs = self.gateway["runs"]
             clients = self.gateway["rules"]["concurrency"]
             traffic = self.find_traffic(self.gateway)
+        policy = derive_policy(self.contract, precision, self.options.batcher)
+        on_cpu = model is None or model.engine == "openvino"
+        instances = OPENVINO_INSTANCES if on_cpu else 1
         calibration = calibrate(
             runs,
             str(precision),
-            self.policy,
+            policy,
             costs.batch_s,
             traffic.questions,
             clients=clients,
-            shares_cores=model is None or model.engine == "openvino",
+            shares_cores=on_cpu,
+            instances=instances,
         )
         self.remarks += calibration.remarks
-        service = Service(self.policy, costs.batch_s, calibration.overheads)
+        service = Service(policy, costs.batch_s, calibration.overheads, instances)
         return Subject(service, costs, calibration)
 
     def find_traffic(self, result: Json) -> Traffic:
@@ -174,7 +178,6 @@ def read_inputs(options: PlanOptions) -> PlanInputs:
     return PlanInputs(
         options=options,
         contract=contract,
-        policy=derive_policy(contract, options.batcher),
         traffic=load_traffic(options.repository, contract, options.traffic),
         times=times,
         gateway=gateways[0] if gateways else None,

@@ -107,11 +107,11 @@ def make_plan(options: PlanOptions, say: Say = lambda _: None) -> dict[str, Any]
         },
         "traffic": inputs.traffic.describe(),
         "policy": {
-            "max_wait_s": inputs.policy.max_wait_s,
-            "max_in_flight": inputs.policy.max_in_flight,
+            "max_wait_s": options.batcher.max_wait_s,
+            "max_in_flight": options.batcher.max_in_flight,
             "batch_sizes": {
-                str(length): list(sizes)
-                for length, sizes in inputs.policy.batch_sizes.items()
+                str(length): list(inputs.contract.list_batch_sizes(length))
+                for length in inputs.contract.sequence_buckets
             },
         },
         "assumptions": list(ASSUMPTIONS),

@@ -1,8 +1,8 @@
 """Questions through replicas of gateway, batcher and engine, as discrete events.
 
 In: questions, a rate or a number of clients, a policy, costs. Out: latencies, and what
-the engines did. SimPy keeps the clock and the engine's line; ``batching.py`` decides as
-the gateway does. Deterministic by its seed. Knows no precision and no bound.
+the engines did. SimPy keeps the clock; the gateway's own line decides what leaves, and
+``engine.py`` who computes. Deterministic by its seed. Knows no precision and no bound.
 
 A replica is one gateway process with one engine behind it. Poisson arrivals are split
 between replicas at random, which leaves Poisson arrivals at each of them, independent
@@ -20,7 +20,8 @@ import numpy as np
 import simpy
 from numpy.typing import NDArray
 
-from int8qa.planning.batching import Batch, BatchQueue, Policy, Request
+from int8qa.gateway.line import Batch, Policy, WaitingLine
+from int8qa.planning.engine import SharedEngine
 from int8qa.planning.traffic import Question
 
 Shape = tuple[int, int]
@@ -50,6 +51,8 @@ class Service:
     batch_s: Mapping[Shape, float]
     """Seconds of an engine's time by shape."""
     overheads: Overheads = Overheads()
+    instances: int = 1
+    """Batches that the engine computes side by side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,18 @@ class Observation:
     unless questions came faster than they were answered."""
 
 
+@dataclass(eq=False, slots=True)
+class Request:
+    """A question on its way."""
+
+    number: int
+    """Its place among the arrivals."""
+    question: Question
+    arrival_s: float
+    waiting: int
+    """Windows without an answer."""
+
+
 class _Replica:
     def __init__(
         self,
@@ -76,30 +91,28 @@ class _Replica:
         finish: Callable[[Request], None],
         warm_s: float,
     ) -> None:
-        self.busy_s = 0.0
+        self.engine = SharedEngine(env, service.instances, observed_from_s=warm_s)
         self.batches = 0
         self.windows = 0
         self._env = env
         self._service = service
         self._finish = finish
         self._warm_s = warm_s
-        self._queue = BatchQueue(service.policy)
-        self._engine = simpy.Resource(env)
+        self._line: WaitingLine[Request] = WaitingLine(service.policy)
         self._in_flight = 0
-        self._lost_s = 0.0
         self._alarm_s = math.inf
 
     def submit(self, request: Request) -> None:
-        if self._engine.count:
-            self._lost_s += self._service.overheads.interference_s
-        self._queue.join(request)
+        if self.engine.working and self._service.overheads.interference_s:
+            self.engine.lose(self._service.overheads.interference_s)
+        self._line.join(request, request.question)
         self._dispatch(self._env.now)
 
     def _dispatch(self, now_s: float) -> None:
-        while batch := self._queue.take(now_s, self._in_flight):
+        while batch := self._line.take(now_s, self._in_flight):
+            self._env.process(self._run(batch, alone=not self._in_flight))
             self._in_flight += 1
-            self._env.process(self._run(batch))
-        alarm_s = self._queue.next_alarm_s(self._in_flight)
+        alarm_s = self._line.next_alarm_s(self._in_flight)
         # One that rings for nothing is harmless, and SimPy's cannot be called off.
         if math.isfinite(alarm_s) and alarm_s != self._alarm_s:
             self._alarm_s = alarm_s
@@ -109,22 +122,18 @@ class _Replica:
                 lambda _: self._dispatch(max(alarm_s, self._env.now))
             )
 
-    def _run(self, batch: Batch) -> Generator[simpy.Event, Any, None]:
+    def _run(
+        self, batch: Batch[Request], *, alone: bool
+    ) -> Generator[simpy.Event, Any, None]:
         if self._service.overheads.call_s:
             yield self._env.timeout(self._service.overheads.call_s)
-        with self._engine.request() as turn:
-            yield turn
-            started = self._env.now
-            work_s = self._service.batch_s[len(batch.requests), batch.length]
-            while work_s:
-                yield self._env.timeout(work_s)
-                work_s, self._lost_s = self._lost_s, 0.0
-        if started >= self._warm_s:
-            self.busy_s += self._env.now - started
+        work_s = self._service.batch_s[len(batch.rows), batch.length]
+        yield self.engine.run(work_s, alone=alone)
+        if self._env.now >= self._warm_s:
             self.batches += 1
-            self.windows += len(batch.requests)
+            self.windows += len(batch.rows)
         self._in_flight -= 1
-        for request in batch.requests:
+        for request, _ in batch.rows:
             request.waiting -= 1
             if not request.waiting:
                 self._finish(request)
@@ -176,7 +185,8 @@ def simulate_poisson(
         plan = zip(arrivals.tolist(), drawn.tolist(), target.tolist(), strict=True)
         for number, (time_s, drawn_question, place) in enumerate(plan):
             yield env.timeout(max(0.0, time_s - env.now))
-            request = Request(number, questions[drawn_question], env.now)
+            question = questions[drawn_question]
+            request = Request(number, question, env.now, len(question))
             shared[place].submit(request)
 
     env.process(arrive())
@@ -218,7 +228,8 @@ def simulate_clients(
     def ask() -> Generator[simpy.Event, Any, None]:
         for number in numbers:
             done = answered[number] = env.event()
-            replica.submit(Request(number, questions[drawn[number]], env.now))
+            question = questions[drawn[number]]
+            replica.submit(Request(number, question, env.now, len(question)))
             yield done
             yield env.timeout(request_s)
 
@@ -240,7 +251,7 @@ def _observe(
     return Observation(
         latency_s=latency_s + service.overheads.request_s,
         throughput_qps=count / span_s,
-        utilisation=sum(r.busy_s for r in replicas) / (span_s * len(replicas)),
+        utilisation=sum(r.engine.busy_s for r in replicas) / (span_s * len(replicas)),
         batch_windows=sum(r.windows for r in replicas) / batches if batches else 0.0,
     )
 

@@ -1,34 +1,31 @@
-"""The modelled policy makes the batches that the gateway's own batcher makes."""
+"""The simulation makes the batches that the gateway's own batcher makes."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 
 from int8qa.contract import Contract, Precision
-from int8qa.gateway.batcher import Batcher, BatchLogits, PaddedBatch
+from int8qa.gateway.batcher import Batcher
+from int8qa.gateway.line import Batch, WaitingLine, derive_policy
+from int8qa.gateway.tensors import BatchLogits, PaddedBatch
 from int8qa.planning import simulation
-from int8qa.planning.batching import Batch, BatchQueue, Request, derive_policy
-from int8qa.planning.simulation import Overheads, Service, simulate_poisson
+from int8qa.planning.simulation import (
+    Overheads,
+    Request,
+    Service,
+    Shape,
+    simulate_poisson,
+)
 from int8qa.planning.traffic import Question
 from int8qa.settings import BatcherSettings
 from tests.gateway.test_batcher import in_virtual_time, make_window
+from tests.planning.conftest import CONTRACT, MODEL
 
-CONTRACT = Contract(
-    build_id="test",
-    checkpoint="test",
-    tokenizer_sha256="0" * 64,
-    pad_token_id=0,
-    inputs=("input_ids", "attention_mask", "token_type_ids"),
-    max_window_tokens=384,
-    sequence_buckets=(32, 64, 128, 384),
-    batch_sizes=(1, 2, 4, 8),
-    max_batch_tokens=256,
-    models={},
-)
 CALL_S = 0.0011
 MIX: tuple[Question, ...] = (
     *[(32,)] * 5,
@@ -40,53 +37,69 @@ MIX: tuple[Question, ...] = (
 )
 
 
-def cost_s(size: int, length: int) -> float:
-    return 0.00093 + 31e-6 * size * length
-
-
+@pytest.mark.parametrize("call_s", [0.00093, 0.0093], ids=["tokens", "calls"])
 @pytest.mark.parametrize("max_in_flight", [1, 2, 3])
 @pytest.mark.parametrize("load", [0.3, 0.8, 1.5])
 def test_batches_are_those_of_the_gateway(
-    max_in_flight: int, load: float, monkeypatch: pytest.MonkeyPatch
+    max_in_flight: int, load: float, call_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same arrivals leave at the same times, in the same batches, row by row."""
+    """The same arrivals leave at the same times, in the same batches, row by row.
+
+    Before engines that take their time for tokens and for calls.
+    """
     settings = BatcherSettings(max_in_flight=max_in_flight, max_queue_tokens=2**31)
-    policy = derive_policy(CONTRACT, settings)
-    service = Service(
-        policy,
-        {
-            (b, s): cost_s(b, s)
-            for s, sizes in policy.batch_sizes.items()
-            for b in sizes
-        },
-        Overheads(call_s=CALL_S),
+    costs_s = {
+        (size, length): call_s + 31e-6 * size * length
+        for length in CONTRACT.sequence_buckets
+        for size in CONTRACT.list_batch_sizes(length)
+    }
+    contract = CONTRACT.model_copy(
+        update={
+            "models": {Precision.INT8: MODEL},
+            "batch_ms": {
+                Precision.INT8: {
+                    length: tuple(
+                        1e3 * costs_s[size, length]
+                        for size in CONTRACT.list_batch_sizes(length)
+                    )
+                    for length in CONTRACT.sequence_buckets
+                }
+            },
+        }
     )
-    taken: list[tuple[float, Batch]] = []
+    policy = derive_policy(contract, Precision.INT8, settings)
+    service = Service(policy, costs_s, Overheads(call_s=CALL_S))
+    taken: list[tuple[float, Batch[Request]]] = []
     requests: list[Request] = []
 
-    class Recorder(BatchQueue):
-        def join(self, request: Request) -> None:
+    class Recorder(WaitingLine[Request]):
+        def join(self, request: Request, lengths: Iterable[int]) -> None:
             requests.append(request)
-            super().join(request)
+            super().join(request, lengths)
 
-        def take(self, now_s: float, in_flight: int) -> Batch | None:
-            batch = super().take(now_s, in_flight)
+        def take(
+            self, now_s: float, in_flight: int, *, closing: bool = False
+        ) -> Batch[Request] | None:
+            batch = super().take(now_s, in_flight, closing=closing)
             if batch is not None:
                 taken.append((now_s, batch))
             return batch
 
-    monkeypatch.setattr(simulation, "BatchQueue", Recorder)
-    alone = sum(cost_s(1, s) for question in MIX for s in question) / len(MIX)
+    monkeypatch.setattr(simulation, "WaitingLine", Recorder)
+    alone = sum(costs_s[1, s] for question in MIX for s in question) / len(MIX)
     simulate_poisson(service, MIX, load / alone, count=600, warm_up=0, seed=3)
-    modelled = [(b.length, tuple(r.number for r in b.requests)) for _, b in taken]
-    real = drive_gateway(settings, requests)
+    modelled = [(b.length, tuple(r.number for r, _ in b.rows)) for _, b in taken]
+    real = drive_gateway(contract, settings, requests, costs_s)
     assert [rows for _, rows in real] == modelled
     assert [time_s for time_s, _ in real] == pytest.approx([t for t, _ in taken])
     assert max(len(numbers) for _, numbers in modelled) >= 4
 
 
 def drive_gateway(
-    settings: BatcherSettings, requests: list[Request]
+    contract: Contract,
+    settings: BatcherSettings,
+    requests: list[Request],
+    costs_s: Mapping[Shape, float],
 ) -> list[tuple[float, tuple[int, tuple[int, ...]]]]:
     """The gateway's batcher before an engine that takes as long, in virtual time."""
     batches: list[tuple[float, tuple[int, tuple[int, ...]]]] = []
@@ -104,11 +117,11 @@ def drive_gateway(
             batches.append((loop.time(), (length, numbers)))
             await asyncio.sleep(CALL_S)
             async with engine:
-                await asyncio.sleep(cost_s(size, length))
+                await asyncio.sleep(costs_s[size, length])
             logits = np.zeros((size, length), dtype=np.float32)
             return BatchLogits(start=logits, end=logits)
 
-        batcher = Batcher(Precision.INT8, CONTRACT, settings, infer, clock=loop.time)
+        batcher = Batcher(Precision.INT8, contract, settings, infer, clock=loop.time)
         await batcher.start()
         answers: list[asyncio.Task[Any]] = []
         for request in requests:
@@ -120,15 +133,3 @@ def drive_gateway(
 
     drive()
     return batches
-
-
-def test_policy_is_the_contracts() -> None:
-    """Sizes within the budget of tokens; one window is always legal."""
-    policy = derive_policy(CONTRACT, BatcherSettings(max_wait_s=0.01, max_in_flight=5))
-    assert policy.batch_sizes == {
-        32: (1, 2, 4, 8),
-        64: (1, 2, 4),
-        128: (1, 2),
-        384: (1,),
-    }
-    assert (policy.max_wait_s, policy.max_in_flight) == (0.01, 5)
