@@ -61,7 +61,7 @@ def test_grid(
         infers = {str(p): make(str(p)) for p in precisions}
         return infers, dict.fromkeys(infers, "i8")
 
-    monkeypatch.setattr(engine_grid, "_load_engines", load)
+    monkeypatch.setattr(engine_grid, "load_engines", load)
     told: list[tuple[str, int]] = []
     result = bench_engines(
         repository,

@@ -1,4 +1,4 @@
-"""The commands ``bench gateway``, ``bench engine`` and ``bench soak``.
+"""The commands ``bench gateway``, ``engine``, ``soak``, ``rehearsal``; see peers.
 
 In: arguments. Out: a table or JSON on standard output, progress on standard error, and
 a directory with the report. Heavy imports wait until a command runs.
@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from int8qa.bench.load import Scenario
+from int8qa.bench.peer_commands import DataOption, bench_peers
 from int8qa.build.arguments import JsonOption, RepositoryOption
 from int8qa.client_commands import UrlOption
 from int8qa.contract import Precision
@@ -38,14 +39,16 @@ PrecisionOption = Annotated[
 def add_bench_commands(app: typer.Typer) -> None:
     """Register ``bench`` with ``app``."""
     bench = typer.Typer(
-        help="Measure a running gateway, or the engines alone, or run a gateway for "
-        "long; one report each.",
+        help="Measure a running gateway, or the engines alone; run a gateway for long; "
+        "rehearse failures of many. One report each.",
         no_args_is_help=True,
         rich_markup_mode=None,
     )
     bench.command("gateway")(bench_gateway)
     bench.command("engine")(bench_engine)
     bench.command("soak")(bench_soak)
+    bench.command("rehearsal")(bench_rehearsal)
+    bench.command("peers")(bench_peers)
     app.add_typer(bench, name="bench")
 
 
@@ -58,13 +61,7 @@ def bench_gateway(
         ),
     ] = None,
     precision: PrecisionOption = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="SQuAD-format questions to ask.  [default: our own]",
-            show_default=False,
-        ),
-    ] = None,
+    data: DataOption = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use only the first N questions.")
     ] = None,
@@ -231,6 +228,76 @@ def bench_soak(
     if result["problems"]:
         raise GatewayRequestError(
             "the soak failed, its report is written: " + "; ".join(result["problems"])
+        )
+
+
+def bench_rehearsal(
+    newer: Annotated[
+        Path | None,
+        typer.Option(
+            help="Model repository of a newer build.  [default: the same engines under "
+            "another id]",
+            show_default=False,
+        ),
+    ] = None,
+    load: Annotated[
+        float,
+        typer.Option(
+            min=0.01, max=1.0, help="Share of the capacity, which is measured first."
+        ),
+    ] = 0.25,
+    rate: Annotated[
+        float | None, typer.Option(min=0.01, help="Questions a second, instead.")
+    ] = None,
+    phase_seconds: Annotated[
+        float, typer.Option(min=4.0, help="Length of each of the six phases.")
+    ] = 20.0,
+    seed: Annotated[int, typer.Option(help="Of arrivals and questions.")] = 1,
+    model_repository: RepositoryOption = None,
+    output: OutputOption = Path("int8qa-bench"),
+    as_json: JsonOption = False,
+) -> None:
+    """Three Tritons and two gateways, started here: kill, stop, replace, drain.
+
+    Under steady load one Triton is killed, one stopped, one replaced by a newer build,
+    and one gateway drained. Ends with an error if a request failed. Nothing that runs
+    already is touched.
+    """
+    from int8qa.bench.rehearsal import RehearsalOptions, run_rehearsal
+    from int8qa.bench.rehearsal_page import (
+        list_merging,
+        tabulate_phases,
+        write_rehearsal_verdict,
+    )
+    from int8qa.bench.report import check_output
+    from int8qa.build.gpu_commands import check_embedded
+
+    settings = load_settings()
+    repository = model_repository or settings.model_repository
+    for one in filter(None, (repository, newer)):
+        check_embedded(one)
+    check_output(output)
+    options = RehearsalOptions(
+        repository=repository,
+        output=output,
+        embedded=settings.embedded,
+        newer=newer,
+        load=load,
+        rate=rate,
+        phase_s=phase_seconds,
+        seed=seed,
+    )
+    try:
+        result = run_rehearsal(options, _say)
+    except KeyboardInterrupt:
+        _say("int8qa: stopped; nothing is left running, and no report was written")
+        raise
+    verdict = "\n".join([write_rehearsal_verdict(result), *list_merging(result)])
+    _show(result, tabulate_phases(result), verdict, output, as_json)
+    if result["problems"]:
+        raise GatewayRequestError(
+            "the rehearsal failed, its report is written: "
+            + "; ".join(result["problems"])
         )
 
 

@@ -53,7 +53,7 @@ def bench_engines(
     """
     contract = load_contract(repository)
     chosen = list(dict.fromkeys(precisions)) or list(contract.models)
-    infers, execution = _load_engines(repository, contract, chosen)
+    infers, execution = load_engines(repository, contract, chosen)
     buckets = sorted(
         {contract.bucket_for(min(n, contract.max_window_tokens)) for n in lengths}
         or contract.sequence_buckets
@@ -103,9 +103,19 @@ def bench_engines(
     }
 
 
-def _load_engines(
-    repository: Path, contract: Contract, precisions: Sequence[Precision]
+def load_engines(
+    repository: Path,
+    contract: Contract,
+    precisions: Sequence[Precision],
+    *,
+    threads: int | None = None,
 ) -> tuple[dict[str, Infer], dict[str, str]]:
+    """The engines by precision, and what each runs in; ``threads`` as of the engine.
+
+    Raises:
+        ContractError: a precision was not built.
+        MissingDependencyError: they cannot be run in this process.
+    """
     from int8qa.build.engines.openvino import MODEL_FILENAME, OpenVinoEngine
 
     infers: dict[str, Infer] = {}
@@ -128,7 +138,7 @@ def _load_engines(
             / MODEL_VERSION
             / MODEL_FILENAME
         )
-        engine = OpenVinoEngine(path, precision)
+        engine = OpenVinoEngine(path, precision, threads=threads)
         infers[str(precision)] = engine.infer
         execution[str(precision)] = engine.execution.summary
     return infers, execution

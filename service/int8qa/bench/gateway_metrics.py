@@ -43,8 +43,8 @@ class GatewayUse:
         return max(0.0, self.request_ms - sum(self.stages_ms.values()))
 
 
-class _Change:
-    """Differences of counters between two texts."""
+class CounterChange:
+    """Differences of counters between two texts of metrics."""
 
     def __init__(self, before: str, after: str) -> None:
         earlier, later = _read(before), _read(after)
@@ -58,12 +58,16 @@ class _Change:
 
     def sum(self, name: str, **labels: str) -> float:
         """Over all samples that have these labels."""
+        return sum(self.list(name, **labels))
+
+    def list(self, name: str, **labels: str) -> list[float]:
+        """Each of these samples; with an empty text before, its value."""
         wanted = set(labels.items())
-        return sum(
+        return [
             value
             for found, value in self._samples.get(name, {}).items()
             if wanted <= found
-        )
+        ]
 
     def has(self, name: str) -> bool:
         return name in self._samples
@@ -91,7 +95,7 @@ def measure_use(
     """What happened between two readings; None if there is nothing to read."""
     if before is None or after is None:
         return None
-    change = _Change(before, after)
+    change = CounterChange(before, after)
     requests = change.sum("int8qa_request_seconds_count", precision=precision)
     seconds = change.sum("int8qa_request_seconds_sum", precision=precision)
     batches = change.sum("int8qa_batch_windows_count", precision=precision)

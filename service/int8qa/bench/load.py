@@ -126,7 +126,7 @@ class LoadDriver:
             for question in questions
         ]
         self._pool = ConnectionPool(self._address, spec.connections, TIMEOUT_S)
-        self._loop = _new_event_loop()
+        self._loop = new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
     def run(self) -> None:
@@ -136,9 +136,9 @@ class LoadDriver:
         self._await(self._warm_up())
         if outcome.fatal is None:
             outcome.metrics_before = self._await(self._read_metrics())
-            cpu_s = _cpu_seconds()
+            cpu_s = read_cpu_s()
             self._test()
-            outcome.cpu_s = _cpu_seconds() - cpu_s
+            outcome.cpu_s = read_cpu_s() - cpu_s
             outcome.metrics_after = self._await(self._read_metrics())
         outcome.write(self.spec.directory)
 
@@ -284,7 +284,8 @@ def make_settings(spec: LoadSpec, warm_up_qps: float) -> Any:
     return settings
 
 
-def _new_event_loop() -> asyncio.AbstractEventLoop:
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """A uvloop where there is one: it costs the machine less."""
     try:
         import uvloop
     except ImportError:  # not on every platform
@@ -292,7 +293,8 @@ def _new_event_loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
-def _cpu_seconds() -> float:
+def read_cpu_s() -> float:
+    """What this process has used so far, seconds."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
 

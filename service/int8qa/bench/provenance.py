@@ -29,7 +29,7 @@ def describe_run(packages: Sequence[str]) -> dict[str, Any]:
     Args:
         packages: distributions whose versions matter; left out where absent.
     """
-    cores = _list_cores()
+    cores = list_cores()
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -63,6 +63,11 @@ def list_facts(provenance: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def drop_command(facts: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """As a page has them: its frame shows the command in its own way."""
+    return [fact for fact in facts if fact[0] != "Command"]
+
+
 def remark_load(provenance: dict[str, Any]) -> list[str]:
     """A remark if others used the machine when the measurement began."""
     load, cores = (provenance["machine"][name] for name in ("load_before", "cores"))
@@ -72,7 +77,7 @@ def remark_load(provenance: dict[str, Any]) -> list[str]:
     return [remark + "cores"]
 
 
-def _list_cores() -> list[int]:
+def list_cores() -> list[int]:
     try:
         return sorted(os.sched_getaffinity(0))
     except AttributeError:  # macOS

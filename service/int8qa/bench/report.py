@@ -1,7 +1,8 @@
 """The JSON and the page of a measurement, and its short form for a terminal.
 
-In: the result of ``bench gateway``, ``engine`` or ``soak``. Out: two files, a table.
-Measures nothing; the page is filled into the frame of the calibrators' comparison.
+In: the result of ``bench gateway``, ``engine`` or ``soak``; of ``rehearsal`` the files
+alone. Out: two files, a table. Measures nothing; the page is filled into the
+frame of the calibrators' comparison.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from int8qa.bench.figures import plot_cdf, plot_fill, plot_rates, plot_time
-from int8qa.bench.provenance import list_facts
+from int8qa.bench.provenance import drop_command, list_facts
+from int8qa.bench.rehearsal_page import render_rehearsal
 from int8qa.bench.soak_figure import plot_soak
 from int8qa.build.comparison.frame import (
     bundle,
@@ -42,12 +44,13 @@ def check_output(output: Path) -> None:
 
 
 def write_report(result: Json, output: Path) -> tuple[Path, Path]:
-    """Write ``gateway.json`` and ``gateway.html``, or ``engine``'s or ``soak``'s."""
+    """Write ``KIND.json`` and ``KIND.html``, of the result's own kind."""
     kind = result["kind"]
     render = {
         "gateway": render_gateway,
         "engine": render_engine,
         "soak": render_soak,
+        "rehearsal": render_rehearsal,
     }[kind]
     return write_files(result, output, kind, render)
 
@@ -95,7 +98,7 @@ def render_engine(result: Json) -> str:
         filename="int8qa-bench-engine.json",
         verdict=write_engine_verdict(result),
         provenance=result["provenance"],
-        facts=_drop_command(list_facts(result["provenance"])),
+        facts=drop_command(list_facts(result["provenance"])),
         tiles=[],
         figures={},
         grid=grid,
@@ -113,7 +116,7 @@ def render_soak(result: Json) -> str:
         filename="int8qa-bench-soak.json",
         verdict=write_soak_verdict(result),
         provenance=result["provenance"],
-        facts=_drop_command(list_facts(result["provenance"])),
+        facts=drop_command(list_facts(result["provenance"])),
         tiles=[],
         figures={"curves": bundle(plot_soak(result))},
         processes=tabulate_processes(result),
@@ -246,16 +249,11 @@ def tabulate_requests(result: Json) -> dict[str, Any]:
 def _list_facts(result: Json) -> list[tuple[str, str]]:
     provenance, gateway = result["provenance"], result["gateway"]
     return [
-        *_drop_command(list_facts(provenance)),
+        *drop_command(list_facts(provenance)),
         ("LoadGen", provenance["loadgen"]),
         ("Questions", f"{provenance['data']}, {provenance['questions']:,}"),
         ("Gateway", f"{gateway['url']}, build {gateway['build_id']}"),
     ]
-
-
-def _drop_command(facts: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The frame shows it in its own way."""
-    return [fact for fact in facts if fact[0] != "Command"]
 
 
 def _list_tiles(result: Json) -> list[dict[str, Any]]:

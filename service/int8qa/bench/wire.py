@@ -164,6 +164,8 @@ class ConnectionPool:
         except (OSError, asyncio.TimeoutError):
             self._open -= 1
             exchange.on_reply(Reply(REFUSED, b"", 0.0))
+            if self._waiting:  # perhaps nobody else is left to take them
+                self._dispatch(self._waiting.popleft())
         else:
             connection.start(exchange)
 
