@@ -11,12 +11,12 @@ from pydantic import ValidationError
 
 from int8qa.contract import (
     Contract,
-    ModelRecord,
     Precision,
     check_model_tensors,
     load_contract,
 )
 from int8qa.errors import ContractError
+from tests.records import make_model_record
 
 INPUTS = [("input_ids", "INT32"), ("attention_mask", "INT32")]
 OUTPUTS = [("start_logits", "FP32"), ("end_logits", "FP32")]
@@ -34,17 +34,7 @@ def contract() -> Contract:
         sequence_buckets=(32, 64, 96),
         batch_sizes=(1, 2),
         max_batch_tokens=192,
-        models={
-            Precision.INT8: ModelRecord(
-                name="qa_int8",
-                engine="openvino",
-                calibrator="max",
-                recipe="linear",
-                f1=None,
-                exact_match=70.0,
-                size_bytes=1,
-            )
-        },
+        models={Precision.INT8: make_model_record(engine="openvino", exact_match=70.0)},
     )
 
 
@@ -52,6 +42,44 @@ def test_round_trip(contract: Contract, tmp_path: Path) -> None:
     """What is saved is what is loaded."""
     contract.save(tmp_path)
     assert load_contract(tmp_path) == contract
+
+
+def with_costs(contract: Contract, batch_ms: Any) -> dict[str, Any]:
+    return contract.model_dump(mode="json") | {"batch_ms": batch_ms}
+
+
+def test_batch_sizes_keep_the_budget(contract: Contract) -> None:
+    """One window is legal at any length."""
+    sizes = {s: contract.list_batch_sizes(s) for s in contract.sequence_buckets}
+    assert sizes == {32: (1, 2), 64: (1, 2), 96: (1, 2)}
+    tight = contract.model_copy(update={"max_batch_tokens": 64})
+    assert [tight.list_batch_sizes(s) for s in (32, 64, 96)] == [(1, 2), (1,), (1,)]
+
+
+def test_costs_are_read_back(contract: Contract, tmp_path: Path) -> None:
+    """By precision and padded length, a time for each batch size."""
+    rows = {32: (1.5, 2.5), 64: (2.0, 4.0), 96: (3.0, 6.0)}
+    document = with_costs(contract, {"int8": rows})
+    costed = Contract.model_validate_json(json.dumps(document))
+    costed.save(tmp_path)
+    assert load_contract(tmp_path).batch_ms == {Precision.INT8: rows}
+
+
+@pytest.mark.parametrize(
+    ("precision", "rows"),
+    [
+        ("fp16", {32: (1.0, 2.0), 64: (1.0, 2.0), 96: (1.0, 2.0)}),
+        ("int8", {32: (1.0, 2.0), 64: (1.0, 2.0)}),
+        ("int8", {32: (1.0, 2.0), 64: (1.0, 2.0), 96: (1.0,)}),
+        ("int8", {32: (1.0, 2.0), 64: (1.0, 2.0), 96: (1.0, 0.0)}),
+        ("int8", {32: (1.0, 2.0), 64: (1.0, 2.0), 96: (1.0, float("inf"))}),
+    ],
+    ids=["no model", "length missing", "size missing", "zero", "infinite"],
+)
+def test_costs_must_be_whole(contract: Contract, precision: str, rows: Any) -> None:
+    """A batcher that finds no cost for a batch could not choose."""
+    with pytest.raises(ValidationError, match=f"batch_ms of {precision}"):
+        Contract.model_validate(with_costs(contract, {precision: rows}))
 
 
 def test_before_recommendations(contract: Contract, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ Knows neither torch nor tritonclient.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
@@ -21,12 +22,16 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from int8qa.errors import ContractError
 
 CONTRACT_FILENAME = "contract.json"
 MANIFEST_FILENAME = "manifest.json"
+ALONE_PARAMETER = "alone"
+"""Request parameter: nothing else of its sender is in the model."""
+
 BUILD_ID_PARAMETER = "build_id"
 """In each model's configuration: what Triton tells of the build it has loaded."""
 TOKENIZER_FILENAME = "tokenizer.json"
@@ -108,6 +113,12 @@ class Contract(_Frozen):
     )
     max_batch_tokens: int = Field(ge=16, description="largest B x S, in tokens")
     models: dict[Precision, ModelRecord]
+    batch_ms: dict[Precision, dict[int, tuple[float, ...]]] = Field(
+        default_factory=dict,
+        description="what each batch takes of an engine where it was built, in ms: by "
+        "precision and padded length, for each batch size that may occur with it; "
+        "precisions that were not timed are missing",
+    )
     verdict: str = Field(
         default="", description="one paragraph: what INT8 gains and costs here"
     )
@@ -140,6 +151,20 @@ class Contract(_Frozen):
             raise ValueError("must be one of the models")
         return value
 
+    @model_validator(mode="after")
+    def _check_batch_ms(self) -> Contract:
+        for precision, by_length in self.batch_ms.items():
+            expected = {s: len(self.list_batch_sizes(s)) for s in self.sequence_buckets}
+            found = {length: len(row) for length, row in by_length.items()}
+            if precision not in self.models or found != expected:
+                raise ValueError(
+                    f"batch_ms of {precision} must have a time for each batch size at "
+                    f"each padded length of one of the models"
+                )
+            if any(not 0 < ms < math.inf for row in by_length.values() for ms in row):
+                raise ValueError(f"batch_ms of {precision} must be above 0 and finite")
+        return self
+
     def triton_name(self, precision: Precision) -> str:
         """The name of a model in Triton and of its directory.
 
@@ -149,6 +174,11 @@ class Contract(_Frozen):
         if self.generation <= 1:
             return precision.model_name
         return f"{precision.model_name}_{self.generation}"
+
+    def list_batch_sizes(self, length: int) -> tuple[int, ...]:
+        """Batch sizes that may occur with a padded length, ascending."""
+        budget = self.max_batch_tokens
+        return tuple(b for b in self.batch_sizes if b == 1 or b * length <= budget)
 
     def bucket_for(self, length: int) -> int:
         """Padded length for a window of ``length`` tokens.

@@ -33,7 +33,7 @@ from int8qa.errors import (
     MissingDependencyError,
     ParityError,
 )
-from int8qa.gateway.batcher import PaddedBatch
+from int8qa.gateway.tensors import PaddedBatch
 from int8qa.gateway.triton import TritonEngine
 
 if TYPE_CHECKING:
@@ -116,8 +116,10 @@ def check_gpu(check: GpuCheck, say: Say = lambda _: None) -> dict[str, Any]:
 
 def _run_steps(check: GpuCheck, report: dict[str, Any], say: Say) -> None:
     from int8qa.build.accuracy import check_gate
+    from int8qa.build.costs import tabulate_costs, time_batches
     from int8qa.build.latency import time_engines
     from int8qa.build.pipeline import build_repository
+    from int8qa.build.repository import record_costs
 
     options = check.options
     outcome = build_repository(options)
@@ -143,6 +145,11 @@ def _run_steps(check: GpuCheck, report: dict[str, Any], say: Say) -> None:
             | {"int8_over_fp16": round(row["fp16"].p50_ms / row["int8"].p50_ms, 3)}
             for shape, row in latencies.items()
         }
+        report["step"] = "time the batches"
+        say("time the batches")
+        cost_ms = time_batches(contract, infers)
+        report["cost_ms"] = cost_ms
+        record_costs(options.model_repository, tabulate_costs(contract, cost_ms))
         report["step"] = "load a gateway"
         say("load a gateway")
         report["load"] = _load_gateway(check, triton_url, say)

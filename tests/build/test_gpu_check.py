@@ -15,6 +15,7 @@ from int8qa.build.engines.tensorrt_options import PlanOptions
 from int8qa.build.options import BuildOptions
 from int8qa.build.quantization import RECIPES
 from int8qa.build.subject import QuestionSources
+from int8qa.contract import load_contract
 from int8qa.errors import (
     AccuracyGateError,
     EmbeddedTritonError,
@@ -81,8 +82,16 @@ def test_rehearsal(check: GpuCheck, question_files: tuple[Path, Path]) -> None:
     report = check_gpu(check, said.append)
     assert read_report(check) == json.loads(json.dumps(report))
     assert (report["passed"], report["step"], report["error"]) == (True, "done", None)
-    steps = ["start Triton", "hold answers to float32", "time the engines"]
-    assert said[:4] == [*steps, "load a gateway"]
+    assert said[:5] == [
+        "start Triton",
+        "hold answers to float32",
+        "time the engines",
+        "time the batches",
+        "load a gateway",
+    ]
+    contract = load_contract(check.options.model_repository)
+    assert set(contract.batch_ms) == {"int8", "fp16"}
+    assert all(row.keys() == {"int8", "fp16"} for row in report["cost_ms"].values())
     assert report["tensorrt"]["lock"]["version"] == "10.13.3.9"
     fp16 = report["accuracy"]["fp16"]
     assert fp16["questions"] == 2

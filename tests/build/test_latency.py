@@ -21,6 +21,7 @@ from int8qa.build.latency import (
     medians,
     name_shape,
     time_engines,
+    time_in_rounds,
 )
 from int8qa.contract import ATTENTION_MASK, INPUT_IDS, TOKEN_TYPE_IDS
 
@@ -102,6 +103,24 @@ def test_budget(clock: FakeClock, budget_s: float | None, turns: int) -> None:
         assert {one.runs for one in by_name.values()} == {turns}
     # The budget is each shape's own.
     assert len(bench.calls) == 2 * 2 * (turns + 2)
+
+
+def test_rounds_go_over_all_shapes(clock: FakeClock) -> None:
+    """What slows the machine for a while slows every shape; medians are over rounds."""
+    bench = Bench(clock)
+    # Two shapes, warmed twice, then three rounds, the second of them disturbed.
+    seconds = (9.0, 9.0, 0.25, 9.0, 9.0, 0.5, 4.0, 8.0, 0.125, 1.0)
+    ticks: list[None] = []
+    table = time_in_rounds(
+        {"a": bench.make("a", *seconds)},
+        [(1, 8), (2, 8)],
+        INPUTS,
+        rounds=3,
+        on_round=lambda: ticks.append(None),
+    )
+    assert table == {"1x8": {"a": 250.0}, "2x8": {"a": 1000.0}}
+    assert [feed[INPUT_IDS].shape for feed in bench.feeds[-4:]] == [(1, 8), (2, 8)] * 2
+    assert len(ticks) == 3
 
 
 def test_figures(clock: FakeClock) -> None:

@@ -15,6 +15,7 @@ from int8qa.build import latency, pipeline
 from int8qa.build.accuracy import share_equal
 from int8qa.build.calibration import Calibrator
 from int8qa.build.checkpoint import resolve_checkpoint
+from int8qa.build.costs import tabulate_costs
 from int8qa.build.engines.openvino import OpenVinoEngine
 from int8qa.build.export import wrap_model
 from int8qa.build.options import list_advice
@@ -187,6 +188,9 @@ def test_contract(built: Built) -> None:
     assert (fp32.calibrator, fp32.recipe) == ("none", "none")
     assert contract.verdict == built.outcome.manifest["verdict"]
     assert contract.recommended == Precision(built.outcome.manifest["recommended"])
+    assert contract.batch_ms == tabulate_costs(
+        contract, built.outcome.manifest["cost_ms"]
+    )
 
 
 def test_files(built: Built) -> None:
@@ -216,7 +220,7 @@ def test_files(built: Built) -> None:
 def test_every_stage_is_shown(built: Built) -> None:
     """The number of stages promised is the number shown."""
     labels = [line.split()[0] for line in built.lines if line.startswith("[")]
-    assert set(labels) == {f"[{n}/11]" for n in range(1, 12)}
+    assert set(labels) == {f"[{n}/12]" for n in range(1, 13)}
 
 
 @pytest.mark.usefixtures("no_build")
@@ -479,10 +483,10 @@ def test_calibrators(built: Built, tmp_path: Path, method: Any) -> None:
     stages = console.file.getvalue()
     if method == "search":
         assert manifest["searched"].keys() == amax.keys()
-        assert "[11/11]" in stages
+        assert "[12/12]" in stages
     else:
         assert manifest["searched"] == {}
-        assert "[10/10]" in stages
+        assert "[11/11]" in stages
 
 
 @pytest.mark.usefixtures("one_shape")

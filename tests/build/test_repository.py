@@ -15,6 +15,7 @@ from int8qa.build.repository import (
     find_current,
     hash_file,
     read_manifest,
+    record_costs,
     stage_repository,
 )
 from int8qa.build.triton_config import parse_config
@@ -66,6 +67,22 @@ def test_struck_at_every_step(tmp_path: Path, mode: str) -> None:
     assert set(states) == {"old", "new"} | ({"absent"} if mode == "kill" else set())
     assert states.count("absent") <= 1
     assert states[-1] == "new"
+
+
+def test_costs_are_recorded_in_a_published_repository(target: Path) -> None:
+    """The contract has them, and the repository is current as before."""
+    publish(target, "one")
+    contract = load_contract(target)
+    batch_ms = {
+        Precision.INT8: {
+            length: tuple(1.0 + size for size in contract.list_batch_sizes(length))
+            for length in contract.sequence_buckets
+        }
+    }
+    costed = record_costs(target, batch_ms)
+    assert load_contract(target) == costed
+    assert costed.batch_ms == batch_ms
+    assert find_current(target, contract.build_id) == costed
 
 
 def test_published_files(target: Path) -> None:

@@ -10,7 +10,7 @@ from google.protobuf import text_format
 
 from int8qa.build.engines.openvino import PRECISION_HINTS
 from int8qa.build.export import model_inputs
-from int8qa.build.pipeline import BATCH_SIZES
+from int8qa.build.pipeline import BATCH_SIZES, MAX_BATCH_TOKENS
 from int8qa.build.subject import BUCKET_STEP, MAX_WINDOW_TOKENS
 from int8qa.build.triton_config import openvino_model_config, parse_config
 from int8qa.contract import Precision
@@ -27,6 +27,7 @@ def write_config(precision: Precision, *, takes_token_types: bool = True) -> str
         inputs=model_inputs(takes_token_types=takes_token_types),
         sequence_buckets=BUCKETS,
         batch_sizes=BATCH_SIZES,
+        max_batch_tokens=MAX_BATCH_TOKENS,
         inference_precision_hint=PRECISION_HINTS[precision],
     )
 
@@ -58,19 +59,16 @@ def test_round_trip(precision: Precision) -> None:
     parameters = {key: value.string_value for key, value in config.parameters.items()}
     assert json.loads(parameters["sequence_buckets"]) == list(range(32, 385, 32))
     assert json.loads(parameters["batch_sizes"]) == [1, 2, 4, 8]
+    assert json.loads(parameters["max_batch_tokens"]) == 1024
     assert parameters["inference_precision_hint"] == (
         "f32" if precision is Precision.FP32 else "f16"
     )
 
 
-def test_queue() -> None:
-    """Zero queue delay; a request carries its own deadline, and late ones are refused."""
-    batching = parse_config(write_config(Precision.INT8)).dynamic_batching
-    assert batching.max_queue_delay_microseconds == 0
-    policy = batching.default_queue_policy
-    assert policy.timeout_action == policy.REJECT
-    assert policy.allow_timeout_override
-    assert policy.default_timeout_microseconds == 60 * 10**6
+def test_triton_neither_merges_nor_times_out() -> None:
+    """Decision 0021 has what its dynamic batching and a queue policy cost on a CPU."""
+    config = parse_config(write_config(Precision.INT8))
+    assert not config.HasField("dynamic_batching")
 
 
 def test_without_token_types() -> None:
@@ -87,6 +85,7 @@ def test_refused_values() -> None:
             inputs=("input_ids",),
             sequence_buckets=(32,),
             batch_sizes=(2**40,),
+            max_batch_tokens=1024,
             inference_precision_hint="f16",
         )
 

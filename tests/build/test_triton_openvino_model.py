@@ -19,7 +19,7 @@ from google.protobuf import json_format
 import int8qa.build.engines
 from int8qa.build.engines.openvino import OpenVinoEngine, save_ir
 from int8qa.build.triton_config import openvino_model_config, parse_config
-from int8qa.contract import Precision
+from int8qa.contract import ALONE_PARAMETER, Precision
 from tests.build.tiny import Graphs, make_reader, random_feed
 
 SOURCE = Path(int8qa.build.engines.__file__).parent / "triton_openvino_model.py"
@@ -42,6 +42,15 @@ class InferenceResponse:
     """Triton's response."""
 
     output_tensors: list[Tensor]
+
+
+class Request(dict[str, np.ndarray]):
+    """Triton's request: tensors by name, and what else its sender says."""
+
+    alone = False
+
+    def parameters(self) -> str:
+        return json.dumps({ALONE_PARAMETER: True} if self.alone else {})
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +89,7 @@ def start_model(backend: ModuleType, repository: Path, inputs: Any) -> Any:
         inputs=inputs,
         sequence_buckets=(16, 32),
         batch_sizes=BATCH_SIZES,
+        max_batch_tokens=64,
         inference_precision_hint="f32",
     )
     model = backend.TritonPythonModel()
@@ -112,9 +122,9 @@ def batches(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     infer = model._infer
 
-    def record(feed: Any) -> Any:
+    def record(chosen: Any, feed: Any) -> Any:
         sizes.append(len(feed["input_ids"]))
-        return infer(feed)
+        return infer(chosen, feed)
 
     monkeypatch.setattr(model, "_infer", record)
     return sizes
@@ -135,8 +145,10 @@ def make_requests(*shapes: tuple[int, int]) -> list[Any]:
     """Requests of the given rows and length, every row of its own length."""
     reader = make_reader("bert")
     return [
-        random_feed(
-            reader, [length - i for i in range(rows)], length, seed=10 * rows + n
+        Request(
+            random_feed(
+                reader, [length - i for i in range(rows)], length, seed=10 * rows + n
+            )
         )
         for n, (rows, length) in enumerate(shapes)
     ]
@@ -187,10 +199,85 @@ def test_threads(
     """The number of threads comes from the environment and changes no answer."""
     monkeypatch.setenv("INT8QA_EMBEDDED__ENGINE_THREADS", "1")
     model = start_model(backend, repository, graphs.inputs)
-    compiled = model._request.get_compiled_model()
-    assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+    assert count_threads(model._alone) == 1
+    assert model._beside is model._alone
     requests = make_requests((1, 16))
     check_responses(model.execute(requests), requests, engine)
+
+
+def count_threads(request: Any) -> int:
+    return int(request.get_compiled_model().get_property("INFERENCE_NUM_THREADS"))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_alone_on_all_cores_else_on_a_share(
+    backend: ModuleType,
+    repository: Path,
+    graphs: Graphs,
+    engine: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    alone: bool,
+) -> None:
+    """A batch that its sender calls alone has all threads, another half of them."""
+    monkeypatch.setenv("INT8QA_EMBEDDED__ENGINE_THREADS", "2")
+    model = start_model(backend, repository, graphs.inputs)
+    assert (count_threads(model._alone), count_threads(model._beside)) == (2, 1)
+    chosen = []
+    infer = model._infer
+
+    def record(request: Any, feed: Any) -> Any:
+        chosen.append(request)
+        return infer(request, feed)
+
+    monkeypatch.setattr(model, "_infer", record)
+    requests = make_requests((1, 16))
+    requests[0].alone = alone
+    check_responses(model.execute(requests), requests, engine)
+    assert chosen == [model._alone if alone else model._beside]
+
+
+def test_merged_requests_are_not_alone(
+    model: Any, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of two gateways may think so."""
+    chosen = []
+    infer = model._infer
+
+    def record(request: Any, feed: Any) -> Any:
+        chosen.append(request)
+        return infer(request, feed)
+
+    monkeypatch.setattr(model, "_infer", record)
+    requests = make_requests((1, 16), (1, 16))
+    for request in requests:
+        request.alone = True
+    check_responses(model.execute(requests), requests, engine)
+    assert chosen == [model._beside]
+
+
+def test_every_shape_is_warm_before_the_first_request(
+    backend: ModuleType,
+    repository: Path,
+    graphs: Graphs,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Batches of every length, up to the tokens that the gateway sends at once."""
+    shapes: dict[int, list[tuple[int, ...]]] = {}
+    infer = backend.TritonPythonModel._infer
+
+    def record(model: Any, request: Any, feed: dict[str, Any]) -> Any:
+        shape = feed["input_ids"].shape
+        shapes.setdefault(count_threads(request), []).append(shape)
+        return infer(model, request, feed)
+
+    monkeypatch.setenv("INT8QA_EMBEDDED__ENGINE_THREADS", "2")
+    monkeypatch.setattr(backend.TritonPythonModel, "_infer", record)
+    start_model(backend, repository, graphs.inputs)
+    every = [(1, 16), (1, 32), (2, 16), (2, 32), (4, 16)]
+    assert {threads: sorted(ran) for threads, ran in shapes.items()} == {
+        2: every,
+        1: every,
+    }
 
 
 def test_it_stands_alone() -> None:
@@ -203,6 +290,7 @@ def test_it_stands_alone() -> None:
         "__future__",
         "itertools",
         "json",
+        "math",
         "numpy",
         "openvino",
         "os",
@@ -220,6 +308,7 @@ def test_config_travels_as_json(graphs: Graphs) -> None:
             inputs=graphs.inputs,
             sequence_buckets=(32,),
             batch_sizes=BATCH_SIZES,
+            max_batch_tokens=64,
             inference_precision_hint="f16",
         )
     )

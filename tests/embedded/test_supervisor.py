@@ -19,11 +19,16 @@ import pytest
 import tritonclient.grpc.aio as triton
 
 import int8qa
-from int8qa.embedded import TritonState, TritonSupervisor, guard, locate_triton
-from int8qa.embedded import supervisor as supervisor_module
+from int8qa.embedded import (
+    TritonState,
+    TritonSupervisor,
+    guard,
+    locate_triton,
+    triton_run,
+)
+from int8qa.embedded.backoff import RestartBackoff
 from int8qa.embedded.guard import SHARED_MEMORY, iter_group
 from int8qa.embedded.launch import is_port_free, pick_free_port
-from int8qa.embedded.supervisor import RestartBackoff
 from int8qa.errors import EmbeddedTritonError, MissingDependencyError
 from int8qa.settings import EmbeddedSettings
 
@@ -215,7 +220,7 @@ async def test_watch_outlives_shortages_and_cleaners(
 ) -> None:
     """A spawn that fails and a private directory that is gone are got over."""
     supervisor = make_supervisor(make_repository())
-    spawn = supervisor_module._TritonRun.spawn
+    spawn = triton_run.TritonRun.spawn
     shortages = [shortage]
 
     async def spawn_at_second_attempt(**options):
@@ -224,9 +229,7 @@ async def test_watch_outlives_shortages_and_cleaners(
         return await spawn(**options)
 
     async with supervisor:
-        monkeypatch.setattr(
-            supervisor_module._TritonRun, "spawn", spawn_at_second_attempt
-        )
+        monkeypatch.setattr(triton_run.TritonRun, "spawn", spawn_at_second_attempt)
         assert supervisor._directory is not None
         shutil.rmtree(supervisor._directory)
         assert supervisor.process_group is not None
@@ -245,7 +248,7 @@ async def test_unreadable_process_table_is_no_death(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Out of file descriptors we cannot see the stubs; their Triton lives on."""
-    run = supervisor_module._TritonRun(shm_prefix="p-", stop_timeout_s=1.0)
+    run = triton_run.TritonRun(shm_prefix="p-", stop_timeout_s=1.0)
     run._stubs = {1: "qa_int8"}
     looks = []
 
@@ -255,7 +258,7 @@ async def test_unreadable_process_table_is_no_death(
             run.process_exited()
         raise OSError(errno.EMFILE, "too many")
 
-    monkeypatch.setattr(supervisor_module, "_WATCH_POLL_S", 0.001)
+    monkeypatch.setattr(triton_run, "_WATCH_POLL_S", 0.001)
     monkeypatch.setattr(guard, "read_process", fail_to_look)
     monkeypatch.setattr(run, "_describe_exit", lambda: "exit status 7")
 

@@ -101,6 +101,41 @@ def time_engines(
     return table
 
 
+def time_in_rounds(
+    engines: Mapping[str, Infer],
+    shapes: Sequence[Shape],
+    inputs: Sequence[str],
+    *,
+    rounds: int,
+    on_round: Callable[[], None] = lambda: None,
+) -> dict[str, dict[str, float]]:
+    """Median milliseconds by shape and engine, for comparing shapes as well.
+
+    Round after round over all shapes: whatever else the machine does for a while hits
+    all of them alike.
+
+    Args:
+        engines: what to run.
+        shapes: batches and lengths, filled to the last token.
+        inputs: names of the model's inputs.
+        rounds: timed ones.
+        on_round: called after each of them.
+    """
+    times: dict[str, dict[str, list[float]]] = {}
+    for number in range(rounds):
+        table = time_engines(
+            engines, shapes, inputs, repeats=1, warm_ups=0 if number else 2
+        )
+        for shape, by_name in medians(table).items():
+            for name, ms in by_name.items():
+                times.setdefault(shape, {}).setdefault(name, []).append(ms)
+        on_round()
+    return {
+        shape: {name: round(float(np.median(ms)), 3) for name, ms in by_name.items()}
+        for shape, by_name in times.items()
+    }
+
+
 def medians(table: Mapping[str, Mapping[str, Latency]]) -> dict[str, dict[str, float]]:
     """Only the medians, by shape and engine."""
     return {

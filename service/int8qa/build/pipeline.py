@@ -25,6 +25,7 @@ from int8qa.build.accuracy import (
 from int8qa.build.calibration import Ranges
 from int8qa.build.census import Census, take_census
 from int8qa.build.checkpoint import CheckpointFiles, resolve_checkpoint
+from int8qa.build.costs import TIMED_ROUNDS, tabulate_costs, time_batches
 from int8qa.build.engines.openvino import (
     PRECISION_HINTS,
     OpenVinoEngine,
@@ -37,7 +38,12 @@ from int8qa.build.engines.tensorrt_options import PlanOptions
 from int8qa.build.export import export_onnx, wrap_model
 from int8qa.build.graph import clean_graph
 from int8qa.build.identity import identify_build
-from int8qa.build.latency import Latency, fit_shapes, medians, time_engines
+from int8qa.build.latency import (
+    Latency,
+    fit_shapes,
+    medians,
+    time_engines,
+)
 from int8qa.build.manifest import (
     MANIFEST_VERSION,
     ServedEngine,
@@ -162,7 +168,9 @@ def is_demo(repository: Path) -> bool:
 def count_stages(options: BuildOptions) -> int:
     """Stages of a build, for its progress."""
     search = options.calibrator.method == "search"
-    return 10 + options.smooth + search + options.mixed
+    # OpenVINO's engines are timed twice over; a plan is built instead, and not timed.
+    timing = 1 if options.plans is not None else 2
+    return 9 + timing + options.smooth + search + options.mixed
 
 
 class _Build:
@@ -241,7 +249,9 @@ class _Build:
             self._write_models()
         served = self._list_served(built)
         models = self._model_records(served, accuracies)
-        contract = self._contract(build_id, models, verdict)
+        contract, cost_ms = self._time_batches(
+            self._contract(build_id, models, verdict)
+        )
         execution = self.engines[Precision.INT8].execution
         manifest = {
             "manifest_version": MANIFEST_VERSION,
@@ -270,6 +280,7 @@ class _Build:
             "models": describe_models(served, accuracies, answers),
             "latency_ms": latency_ms,
             "latency": describe_latencies(latencies),
+            "cost_ms": cost_ms,
             "recommended": verdict.recommended,
             "verdict": verdict.text,
             "remarks": self.remarks,
@@ -500,6 +511,19 @@ class _Build:
                 budget_s=LATENCY_BUDGET_S,
             )
 
+    def _time_batches(
+        self, contract: Contract
+    ) -> tuple[Contract, dict[str, dict[str, float]]]:
+        """The contract with what batches cost, and the medians that it comes from."""
+        if self.options.plans is not None:
+            return contract, {}
+        with self.progress.stage("time the batches", steps=TIMED_ROUNDS) as tick:
+            engines = {str(name): one.infer for name, one in self.engines.items()}
+            cost_ms = time_batches(contract, engines, on_round=tick)
+        batch_ms = tabulate_costs(contract, cost_ms)
+        document = contract.model_dump() | {"batch_ms": batch_ms}
+        return Contract.model_validate(document), cost_ms
+
     def _judge(
         self,
         latency_ms: dict[str, dict[str, float]],
@@ -582,6 +606,7 @@ class _Build:
                     inputs=self.subject.inputs,
                     sequence_buckets=self.subject.buckets,
                     batch_sizes=BATCH_SIZES,
+                    max_batch_tokens=MAX_BATCH_TOKENS,
                     inference_precision_hint=PRECISION_HINTS[precision],
                 ),
             )

@@ -63,6 +63,25 @@ def read_manifest(repository: Path) -> dict[str, Any]:
     return manifest
 
 
+def record_costs(
+    repository: Path, batch_ms: dict[Precision, dict[int, tuple[float, ...]]]
+) -> Contract:
+    """Write into a published contract what its batches cost where they were timed.
+
+    Raises:
+        ContractError: there is no contract, or the costs are not those of its batches.
+        RepositoryError: there is no manifest.
+    """
+    contract = load_contract(repository)
+    manifest = read_manifest(repository)
+    contract = Contract.model_validate(contract.model_dump() | {"batch_ms": batch_ms})
+    contract.save(repository)
+    manifest["files"][CONTRACT_FILENAME] = hash_file(repository / CONTRACT_FILENAME)
+    text = json.dumps(manifest, indent=2, ensure_ascii=False)
+    (repository / MANIFEST_FILENAME).write_text(text + "\n", encoding="utf-8")
+    return contract
+
+
 def _is_within(repository: Path, name: str) -> bool:
     """Whether a manifest's name is that of a plain file of its own repository."""
     path = (repository / name).resolve()

@@ -18,9 +18,9 @@ from int8qa.contract import (
 )
 from int8qa.errors import RepositoryError
 
-QUEUE_TIMEOUT_US = 60_000_000
-"""Longest a request may wait inside Triton, microseconds; callers send their own,
-shorter deadline with each request."""
+OPENVINO_INSTANCES = 2
+"""Of a CPU engine: two batches side by side, each on half the cores, answered more
+questions than one after the other on all (docs/decisions/0023-two-at-a-time.md)."""
 
 
 def openvino_model_config(
@@ -29,12 +29,13 @@ def openvino_model_config(
     inputs: Sequence[str],
     sequence_buckets: Sequence[int],
     batch_sizes: Sequence[int],
+    max_batch_tokens: int,
     inference_precision_hint: str,
 ) -> str:
     """The configuration of one OpenVINO model in Triton's Python backend.
 
-    Dynamic batching with zero delay: a lone gateway has batched already, and the
-    batches of several gateways merge while the engine is busy.
+    Without dynamic batching: on a CPU it cost 10 to 28 % of the throughput
+    (docs/decisions/0021-no-queue-policy-in-triton.md).
 
     Returns:
         Protobuf text format.
@@ -56,19 +57,13 @@ def openvino_model_config(
             {"name": name, "data_type": "TYPE_FP32", "dims": [-1]}
             for name in (START_LOGITS, END_LOGITS)
         ],
-        "instance_group": [{"count": 1, "kind": "KIND_CPU"}],
-        "dynamic_batching": {
-            "default_queue_policy": {
-                "timeout_action": "REJECT",
-                "default_timeout_microseconds": QUEUE_TIMEOUT_US,
-                "allow_timeout_override": True,
-            }
-        },
+        "instance_group": [{"count": OPENVINO_INSTANCES, "kind": "KIND_CPU"}],
         "parameters": {
             "engine": {"string_value": "openvino"},
             "inference_precision_hint": {"string_value": inference_precision_hint},
             "sequence_buckets": {"string_value": json.dumps(list(sequence_buckets))},
             "batch_sizes": {"string_value": json.dumps(list(batch_sizes))},
+            "max_batch_tokens": {"string_value": json.dumps(max_batch_tokens)},
         },
     }
     try:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from int8qa.build.engines.tensorrt_options import PLAN_FILENAME, Profile
-from int8qa.build.triton_config import QUEUE_TIMEOUT_US, parse_config
+from int8qa.build.triton_config import parse_config
 from int8qa.contract import END_LOGITS, START_LOGITS, Precision
 from int8qa.errors import RepositoryError
 
@@ -132,13 +132,11 @@ def _common(precision: Precision, inputs: Sequence[str], batch: int) -> dict[str
             {"name": name, "data_type": "TYPE_FP32", "dims": [-1]}
             for name in (START_LOGITS, END_LOGITS)
         ],
-        "dynamic_batching": {
-            "default_queue_policy": {
-                "timeout_action": "REJECT",
-                "default_timeout_microseconds": QUEUE_TIMEOUT_US,
-                "allow_timeout_override": True,
-            }
-        },
+        # Zero delay: a lone gateway has batched already, and the batches of several
+        # merge while the engine is busy. A queue policy would make Triton hold each
+        # request until an instance is free, and at times miss that it is, for 500 ms
+        # (docs/decisions/0021-no-queue-policy-in-triton.md).
+        "dynamic_batching": {},
     }
 
 

@@ -130,11 +130,17 @@ class OpenVinoEngine:
     """A compiled IR in this process, by default with the properties the server uses.
 
     Another ``hint`` (``f32``) computes the float parts of an INT8 graph more finely, so
-    that its quantization can be compared apart from them.
+    that its quantization can be compared apart from them. With ``threads`` it is one of
+    several that share the cores.
     """
 
     def __init__(
-        self, path: Path, precision: Precision, *, hint: str | None = None
+        self,
+        path: Path,
+        precision: Precision,
+        *,
+        hint: str | None = None,
+        threads: int | None = None,
     ) -> None:
         openvino = _import_openvino()
         core = openvino.Core()
@@ -145,6 +151,7 @@ class OpenVinoEngine:
                 {
                     "INFERENCE_PRECISION_HINT": hint or PRECISION_HINTS[precision],
                     "PERFORMANCE_HINT": "LATENCY",
+                    **_share_cores(threads),
                 },
             )
         self._request = self._compiled.create_infer_request()
@@ -168,6 +175,39 @@ class OpenVinoEngine:
             self._request.get_tensor(START_LOGITS).data.copy(),
             self._request.get_tensor(END_LOGITS).data.copy(),
         )
+
+
+class StockOpenVinoEngine:
+    """An ONNX model as OpenVINO takes it by default: what ours is measured against."""
+
+    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+        with keep_signal_stack():
+            compiled = (
+                _import_openvino()
+                .Core()
+                .compile_model(path, "CPU", _share_cores(threads))
+            )
+        self._request = compiled.create_infer_request()
+
+    def infer(
+        self, feed: Mapping[str, npt.NDArray[np.int32]]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Start and end logits, float32 [B, S] each, of a model of int64 [B, S]."""
+        self._request.infer(
+            {name: array.astype(np.int64) for name, array in feed.items()}
+        )
+        return (
+            self._request.get_tensor(START_LOGITS).data.copy(),
+            self._request.get_tensor(END_LOGITS).data.copy(),
+        )
+
+
+def _share_cores(threads: int | None) -> dict[str, Any]:
+    """Properties of an engine with so many threads beside others; None: with all."""
+    if threads is None:
+        return {}
+    # Pinned, the engines of one process know of each other, those of several do not.
+    return {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
 
 
 def _count_layers(compiled: Any, wanted: Callable[[Any], bool]) -> dict[str, int]:

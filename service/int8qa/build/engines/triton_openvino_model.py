@@ -3,12 +3,18 @@
 In: int32 tensors [B, S] as the contract names them. Out: float32 start and end logits
 [B, S]. It stands alone: inside Triton neither int8qa nor torch need be installed,
 only numpy and openvino. Precision and warm-up shapes come from ``config.pbtxt``.
+
+Of several instances each can run on all cores, or on its share of them. A batch that
+its sender calls alone gets all: nobody else needs them, and it is answered soonest. Any
+other gets the share: batches side by side on a core each answer more questions than one
+after the other on all cores, whose threads wait for one another.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +25,8 @@ import triton_python_backend_utils as pb_utils
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 OUTPUTS = ("start_logits", "end_logits")
+ALONE = "alone"
+"""Request parameter: nothing else of its sender is in this model."""
 
 
 class TritonPythonModel:
@@ -35,28 +43,42 @@ class TritonPythonModel:
             "INFERENCE_PRECISION_HINT": parameters["inference_precision_hint"],
             "PERFORMANCE_HINT": "LATENCY",
         }
+        # Beside a gateway, and other instances, the cores are not this one's to pin.
+        properties["ENABLE_CPU_PINNING"] = False
         threads = int(os.environ.get("INT8QA_EMBEDDED__ENGINE_THREADS", "0"))
         if threads:
             properties["INFERENCE_NUM_THREADS"] = threads
+        instances = sum(group["count"] for group in config["instance_group"])
         directory = Path(args["model_repository"]) / args["model_version"]
         core = openvino.Core()
-        compiled = core.compile_model(
-            core.read_model(directory / "model.xml"), "CPU", properties
-        )
-        self._request = compiled.create_infer_request()
-        self._outputs = [compiled.output(name) for name in OUTPUTS]
+        model = core.read_model(directory / "model.xml")
+        compiled = core.compile_model(model, "CPU", properties)
+        self._alone = self._beside = compiled.create_infer_request()
+        threads = compiled.get_property("INFERENCE_NUM_THREADS")
+        share = math.ceil(threads / instances)
+        if share < threads:
+            properties["INFERENCE_NUM_THREADS"] = share
+            compiled = core.compile_model(model, "CPU", properties)
+            self._beside = compiled.create_infer_request()
         self._batch_sizes = sorted(json.loads(parameters["batch_sizes"]), reverse=True)
-        # OpenVINO compiles primitives for each new shape; the first caller of a
-        # length should not pay for that.
-        for length in json.loads(parameters["sequence_buckets"]):
-            self._infer({name: np.ones((1, length), np.int32) for name in self._inputs})
+        # OpenVINO compiles primitives for each new shape; the first caller of one
+        # should not pay for that.
+        most = int(parameters["max_batch_tokens"])
+        for batch in self._batch_sizes:
+            for length in json.loads(parameters["sequence_buckets"]):
+                if batch == 1 or batch * length <= most:
+                    ones = np.ones((batch, length), np.int32)
+                    for engine in {self._alone, self._beside}:
+                        self._infer(engine, dict.fromkeys(self._inputs, ones))
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer requests that Triton's dynamic batcher put together.
+        """Answer one request, or several where an operator has Triton merge them.
 
-        Their lengths are equal. Their rows run in batches of the sizes the engine
-        knows, so that merging never makes up a new shape.
+        Rows run in batches of the sizes the engine knows, so that merging never makes
+        up a new shape.
         """
+        alone = len(requests) == 1 and json.loads(requests[0].parameters()).get(ALONE)
+        engine = self._alone if alone else self._beside
         feeds = [
             {
                 name: pb_utils.get_input_tensor_by_name(request, name).as_numpy()
@@ -65,39 +87,36 @@ class TritonPythonModel:
             for request in requests
         ]
         if len(feeds) == 1 and len(feeds[0][self._inputs[0]]) in self._batch_sizes:
-            return [self._respond(*self._infer(feeds[0]))]
+            return [self._respond(*self._infer(engine, feeds[0]))]
         try:
             merged = {
                 name: np.concatenate([feed[name] for feed in feeds])
                 for name in self._inputs
             }
         except ValueError:  # lengths differ: a caller without dynamic batching
-            return [self._respond(*self._infer(feed)) for feed in feeds]
-        start, end = self._infer_rows(merged)
+            return [self._respond(*self._infer(engine, feed)) for feed in feeds]
+        start, end = self._infer_rows(engine, merged)
         bounds = np.cumsum([0, *(len(feed[self._inputs[0]]) for feed in feeds)])
         return [
             self._respond(start[low:high], end[low:high])
             for low, high in itertools.pairwise(bounds)
         ]
 
-    def _infer_rows(self, feed: dict[str, Any]) -> tuple[Any, Any]:
+    def _infer_rows(self, engine: Any, feed: dict[str, Any]) -> tuple[Any, Any]:
         rows = len(feed[self._inputs[0]])
         parts = []
         low = 0
         while low < rows:
             size = next((s for s in self._batch_sizes if s <= rows - low), rows - low)
-            parts.append(
-                self._infer(
-                    {name: array[low : low + size] for name, array in feed.items()}
-                )
-            )
+            part = {name: array[low : low + size] for name, array in feed.items()}
+            parts.append(self._infer(engine, part))
             low += size
         return tuple(np.concatenate(logits) for logits in zip(*parts, strict=True))
 
-    def _infer(self, feed: dict[str, Any]) -> tuple[Any, Any]:
-        self._request.infer(feed)
+    def _infer(self, engine: Any, feed: dict[str, Any]) -> tuple[Any, Any]:
+        engine.infer(feed)
         # Copies: the request reuses its output memory for the next batch.
-        start, end = (self._request.get_tensor(port).data for port in self._outputs)
+        start, end = (engine.get_tensor(name).data for name in OUTPUTS)
         return start.astype(np.float32), end.astype(np.float32)
 
     def _respond(self, start: Any, end: Any) -> Any:
