@@ -343,6 +343,7 @@ def test_ask(run: Run, context_file: Path) -> None:
             "precision": "fp16",
             "top_k": 2,
             "allow_no_answer": True,
+            "null_score_diff_threshold": 0.0,
         }
     ]
 

@@ -83,6 +83,17 @@ async def test_every_question_goes_to_every_precision_in_turns() -> None:
     assert all(body["max_answer_tokens"] == ANSWER_TOKENS for body in gateway.requests)
 
 
+async def test_the_null_threshold_goes_with_every_question() -> None:
+    """What the evaluation is told about abstaining is what the service is asked."""
+    questions = [make_question(n) for n in range(2)]
+    with run_gateway(lambda body: answer_reply("x")) as gateway:
+        await evaluate_service(
+            gateway.url, questions, BOTH, null_score_diff_threshold=-2.5
+        )
+    sent = [body["null_score_diff_threshold"] for body in gateway.requests]
+    assert sent == [-2.5] * 4
+
+
 @pytest.mark.parametrize("impossible", [False, True])
 async def test_abstaining_follows_the_data(impossible: bool) -> None:
     """The reader may abstain where the data holds questions without an answer."""

@@ -29,7 +29,7 @@ from int8qa.client_commands import add_client_commands
 from int8qa.contract import CONTRACT_FILENAME
 from int8qa.key_commands import add_key_commands
 from int8qa.planning.commands import add_planning_commands
-from int8qa.settings import Settings, load_settings
+from int8qa.settings import MAX_WORKERS, Settings, load_settings
 from int8qa.training.commands import add_training_commands
 
 EXIT_CODES: dict[type[errors.Int8qaError], int] = {
@@ -51,6 +51,16 @@ EXIT_CODES: dict[type[errors.Int8qaError], int] = {
     errors.RepositoryError: 73,  # EX_CANTCREAT
 }
 """Exit code of an error: its own, else that of the nearest class above it."""
+
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=MAX_WORKERS,
+        help="Gateway processes behind the port.  [default: INT8QA_WORKERS, or 1]",
+        show_default=False,
+    ),
+]
 
 SAMPLE_QUESTION = "When was the lighthouse finished?"
 SAMPLE_CONTEXT = (
@@ -107,11 +117,12 @@ def up(
         bool,
         typer.Option("--no-build", help="Serve the repository as it is."),
     ] = False,
+    workers: WorkersOption = None,
 ) -> None:
     """Build the demo repository if need be, then run Triton and the gateway."""
-    settings = _settings(model_repository)
+    settings = _settings(model_repository, workers)
     # The port first: a build of minutes must not end in "address in use".
-    from int8qa.gateway.app import bind_socket, run_event_loop
+    from int8qa.gateway.process import bind_socket, run_event_loop
 
     with bind_socket(settings.host, settings.port) as listener:
         from int8qa.embedded import locate_triton
@@ -128,9 +139,16 @@ def up(
 
 
 @app.command()
-def serve(model_repository: RepositoryOption = None) -> None:
+def serve(
+    model_repository: RepositoryOption = None, workers: WorkersOption = None
+) -> None:
     """Run the gateway alone, against the Triton at INT8QA_TRITON__URL."""
-    settings = _settings(model_repository)
+    settings = _settings(model_repository, workers)
+    if settings.workers > 1:
+        from int8qa.gateway.workers import serve_workers
+
+        serve_workers(settings, on_ready=_announce)
+        return
     from int8qa.gateway.app import serve as serve_gateway
 
     serve_gateway(settings, on_ready=_announce)
@@ -155,8 +173,8 @@ def triton(
     settings = _settings(model_repository)
     check_embedded(settings.model_repository)
     from int8qa.embedded.launch import TritonPorts
-    from int8qa.gateway.app import run_event_loop
     from int8qa.gateway.logs import configure_logging
+    from int8qa.gateway.process import run_event_loop
     from int8qa.stack import run_triton
 
     configure_logging(settings)
@@ -222,10 +240,12 @@ def check_gpu(
     _say(f"report: {report}")
 
 
-def _settings(model_repository: Path | None) -> Settings:
+def _settings(model_repository: Path | None, workers: int | None = None) -> Settings:
     overrides: dict[str, Any] = {}
     if model_repository is not None:
         overrides["model_repository"] = model_repository
+    if workers is not None:
+        overrides["workers"] = workers
     return load_settings(**overrides)
 
 

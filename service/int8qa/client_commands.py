@@ -40,6 +40,14 @@ UrlOption = Annotated[
     ),
 ]
 
+NullThresholdOption = Annotated[
+    float,
+    typer.Option(
+        help="How far the null answer's log score must lead to win, where it may; "
+        "below 0 the reader abstains sooner."
+    ),
+]
+
 
 def add_client_commands(app: typer.Typer) -> None:
     """Register the commands with ``app``."""
@@ -63,6 +71,7 @@ def ask(
     allow_no_answer: Annotated[
         bool, typer.Option(help="Let the reader say that there is none.")
     ] = False,
+    null_score_diff_threshold: NullThresholdOption = 0.0,
     url: UrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -77,6 +86,7 @@ def ask(
         "context": context,
         "top_k": top_k,
         "allow_no_answer": allow_no_answer,
+        "null_score_diff_threshold": null_score_diff_threshold,
     }
     if precision is not None:
         request["precision"] = precision
@@ -118,6 +128,7 @@ def evaluate(
     concurrency: Annotated[
         int, typer.Option(min=1, max=256, help="Requests under way at once.")
     ] = 8,
+    null_score_diff_threshold: NullThresholdOption = 0.0,
     url: UrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -131,7 +142,12 @@ def evaluate(
 
     async def run(tick: Callable[[], None]) -> Evaluation:
         return await evaluate_service(
-            base_url, questions, precisions, concurrency=concurrency, on_answer=tick
+            base_url,
+            questions,
+            precisions,
+            concurrency=concurrency,
+            null_score_diff_threshold=null_score_diff_threshold,
+            on_answer=tick,
         )
 
     with Progress(

@@ -60,6 +60,7 @@ async def evaluate_service(
     *,
     concurrency: int = 8,
     allow_no_answer: bool | None = None,
+    null_score_diff_threshold: float = 0.0,
     on_answer: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Ask every question in every precision.
@@ -71,6 +72,7 @@ async def evaluate_service(
         concurrency: requests under way at once.
         allow_no_answer: let the reader abstain; by default where the data holds
             unanswerable questions (SQuAD v2.0).
+        null_score_diff_threshold: as in the request.
         on_answer: called after each answer.
 
     Raises:
@@ -98,6 +100,7 @@ async def evaluate_service(
                         "precision": str(name),
                         "max_answer_tokens": ANSWER_TOKENS,
                         "allow_no_answer": allow_no_answer,
+                        "null_score_diff_threshold": null_score_diff_threshold,
                     }
                 )
                 answer = response["answer"]

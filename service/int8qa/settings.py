@@ -23,6 +23,9 @@ from int8qa.errors import ConfigurationError
 ENV_PREFIX = "INT8QA_"
 DELIMITER = "__"
 
+MAX_WORKERS = 64
+"""Gateway processes of one port: each tells all others what it sees."""
+
 _OTHER_NAMES = frozenset({"INT8QA_API_KEY", "INT8QA_PYTHON", "INT8QA_TORCH_INDEX"})
 """Variables with our prefix that only clients or the Makefile read."""
 
@@ -89,11 +92,12 @@ class BatcherSettings(_Group):
         "larger fills batches, smaller shortens the tail",
     )
     max_in_flight: int = Field(
-        default=2,
+        default=3,
         ge=1,
         le=64,
-        description="batches of one precision inside Triton at once; 2 assembles the "
-        "next batch while the engine works",
+        description="batches of one precision inside Triton at once, of each gateway "
+        "process; one more than the engine's instances, of which there are 2, has the "
+        "next batch there when one is done",
     )
     max_queue_tokens: int = Field(
         default=262_144,
@@ -309,6 +313,13 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", description="address the gateway binds")
     port: int = Field(default=8080, ge=0, le=65535, description="HTTP port")
+    workers: int = Field(
+        default=1,
+        ge=1,
+        le=MAX_WORKERS,
+        description="gateway processes behind the port; more where one process is "
+        "short of its core and the engine is not",
+    )
     model_repository: Path = Field(
         default=Path("model_repository"),
         description="directory written by `int8qa build`",
@@ -321,8 +332,10 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least severe log line written"
     )
-    log_format: Literal["console", "json"] = Field(
-        default="console", description="console for people, json for collectors"
+    log_format: Literal["auto", "console", "json"] = Field(
+        default="auto",
+        description="console for people, json for collectors, or auto: console on a "
+        "terminal, else json",
     )
     tracing: Literal["off", "otlp"] = Field(
         default="off",

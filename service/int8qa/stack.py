@@ -17,9 +17,11 @@ from collections.abc import Callable, Iterator
 from int8qa.contract import TOKENIZER_FILENAME, Contract, load_contract
 from int8qa.embedded import TritonSupervisor, locate_triton
 from int8qa.embedded.launch import TritonPorts
-from int8qa.gateway.app import create_app, run_server
+from int8qa.gateway.app import create_app
+from int8qa.gateway.server import run_server
 from int8qa.gateway.tracing import open_tracing
 from int8qa.gateway.triton import TritonEngine
+from int8qa.gateway.workers import run_workers
 from int8qa.reader.tokenizer import ReaderTokenizer
 from int8qa.settings import Settings
 
@@ -64,8 +66,15 @@ async def run_stack(
         )
 
     try:
-        with _cancelled_by_signals():
+        with cancelled_by_signals():
             await supervisor.start()
+        if settings.workers > 1:
+            tracing.close()  # each worker has its own
+            triton = {"url": supervisor.grpc_url, "control_key": control_key}
+            reach = {"triton": settings.triton.model_copy(update=triton)}
+            reached = settings.model_copy(update=reach)
+            await run_workers(reached, listener, on_ready=on_ready)
+            return
         app = create_app(
             settings,
             contract,
@@ -113,7 +122,7 @@ async def run_triton(
         control_key=settings.triton.control_key,
     )
     try:
-        with _cancelled_by_signals():
+        with cancelled_by_signals():
             await supervisor.start()
             on_ready(supervisor.grpc_url)
             await asyncio.Event().wait()
@@ -124,7 +133,7 @@ async def run_triton(
 
 
 @contextlib.contextmanager
-def _cancelled_by_signals() -> Iterator[None]:
+def cancelled_by_signals() -> Iterator[None]:
     """Until the server handles them itself, SIGINT and SIGTERM cancel this task."""
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()

@@ -30,8 +30,8 @@ from int8qa.contract import (
 )
 from int8qa.errors import ContractError, EngineUnavailableError, ModelLoadError
 from int8qa.gateway.app import create_app
-from int8qa.gateway.batcher import BatchLogits, PaddedBatch
 from int8qa.gateway.connections import build_protocol
+from int8qa.gateway.tensors import BatchLogits, PaddedBatch
 from int8qa.reader.tokenizer import ReaderTokenizer
 from int8qa.settings import LimitSettings, Settings
 

@@ -16,8 +16,10 @@ import pytest
 import pytest_asyncio
 
 from int8qa.errors import ConfigurationError
-from int8qa.gateway.app import bind_socket, create_app, run_server
+from int8qa.gateway.app import create_app
 from int8qa.gateway.key_file import build_key, generate_key, hash_key
+from int8qa.gateway.process import bind_socket
+from int8qa.gateway.server import run_server
 from int8qa.reader.tokenizer import ReaderTokenizer
 from tests.gateway.fakes import (
     CONTEXT,
@@ -109,7 +111,9 @@ async def test_operators_address_asks_for_no_key(
 
 SCRIPT = """
 import asyncio, sys
-from int8qa.gateway.app import bind_socket, create_app, run_event_loop, run_server
+from int8qa.gateway.app import create_app
+from int8qa.gateway.process import bind_socket, run_event_loop
+from int8qa.gateway.server import run_server
 from int8qa.reader.tokenizer import ReaderTokenizer
 from tests.gateway.fakes import (
     TOKENIZER_JSON, FakeEngine, build_contract, build_settings,

@@ -159,6 +159,25 @@ async def test_null_answer_wins_only_when_allowed(tokenizer):
         assert len(ranked["alternatives"]) == 2
 
 
+async def test_null_threshold_decides_how_soon_the_reader_abstains(tokenizer):
+    """Far below 0 the null answer wins, far above it loses; scores stay as they were."""
+    async with open_service(tokenizer) as one:
+        usual = (await one.ask(allow_no_answer=True)).json()
+        assert usual["answer"] is not None
+        eager = (
+            await one.ask(allow_no_answer=True, null_score_diff_threshold=-50.0)
+        ).json()
+        assert eager["answer"] is None
+        ranked = (
+            await one.ask(
+                allow_no_answer=True, null_score_diff_threshold=-50.0, top_k=2
+            )
+        ).json()
+        assert ranked["alternatives"][0] == usual["answer"]
+        refused = await one.ask(null_score_diff_threshold=51)
+        assert refused.status_code == 422
+
+
 async def test_long_document_answers_from_a_late_window(service: Service):
     """A document of many windows answers from wherever the phrase stands."""
     filler = "Nothing of note happened on that grey day at sea. " * 300

@@ -14,6 +14,7 @@ from int8qa.gateway.comparison import (
     ComparisonWindow,
     Pair,
     PairedAnswer,
+    Single,
     summarize,
 )
 from tests.gateway.fakes import Service
@@ -33,7 +34,7 @@ def test_speedup_is_the_median_of_ratios():
     """One long document does not outweigh the others."""
     window = ComparisonWindow(10, list(Precision))
     for int8_s, fp16_s in ((0.01, 0.03), (0.01, 0.04), (10.0, 11.0)):
-        window.add_pair(Pair(int8_s=int8_s, fp16_s=fp16_s, agreed=int8_s < 1))
+        window.add(Pair(int8_s=int8_s, fp16_s=fp16_s, agreed=int8_s < 1))
     report = window.report_pairs()
     assert report.speedup == pytest.approx(3.0)
     assert report.agreement == pytest.approx(2 / 3)
@@ -42,8 +43,8 @@ def test_speedup_is_the_median_of_ratios():
 def test_disturbed_pairs_count_for_agreement_alone():
     """A latency that somebody else's batch stretched says nothing about a precision."""
     window = ComparisonWindow(10, list(Precision))
-    window.add_pair(Pair(int8_s=0.01, fp16_s=0.03, agreed=True))
-    window.add_pair(Pair(int8_s=9.0, fp16_s=0.03, agreed=False, undisturbed=False))
+    window.add(Pair(int8_s=0.01, fp16_s=0.03, agreed=True))
+    window.add(Pair(int8_s=9.0, fp16_s=0.03, agreed=False, undisturbed=False))
     report = window.report_pairs()
     assert (report.count, report.agreement) == (2, 0.5)
     assert (report.int8.count, report.int8.p99_s) == (1, 0.01)
@@ -56,7 +57,7 @@ def test_histogram_counts_each_pair_in_its_bin(seconds: list[float]):
     """Bins are half-open; what lies outside all of them is in the outer ones."""
     window = ComparisonWindow(300, list(Precision))
     for value in seconds:
-        window.add_pair(Pair(int8_s=value, fp16_s=1.0, agreed=True))
+        window.add(Pair(int8_s=value, fp16_s=1.0, agreed=True))
     edges = HISTOGRAM_EDGES_S
     for index, count in enumerate(window.count_latencies()[Precision.INT8]):
         low = edges[index] if index else 0.0
@@ -71,9 +72,9 @@ def test_disagreements_come_most_convinced_first():
         sure = PairedAnswer(0, 5, score=index / 20)
         other = PairedAnswer(9, 12, score=0.9)
         pair = Pair(1, 1, agreed=False, int8=sure, fp16=other, request_id=f"r{index}")
-        window.add_pair(pair)
-    window.add_pair(Pair(1, 1, agreed=False, int8=None, fp16=PairedAnswer(1, 2, 0.99)))
-    window.add_pair(Pair(1, 1, agreed=True, int8=PairedAnswer(1, 2, 0.99)))
+        window.add(pair)
+    window.add(Pair(1, 1, agreed=False, int8=None, fp16=PairedAnswer(1, 2, 0.99)))
+    window.add(Pair(1, 1, agreed=True, int8=PairedAnswer(1, 2, 0.99)))
     ids = [pair.request_id for pair in window.list_disagreements()]
     # r18 and r19 tie: their less sure side is the same 0.9.
     assert ids == ["r18", "r19", *(f"r{index}" for index in range(17, 9, -1))]
@@ -83,7 +84,7 @@ def test_window_forgets_the_oldest():
     """Only the most recent observations count."""
     window = ComparisonWindow(3, [Precision.INT8])
     for seconds in (9.0, 1.0, 2.0, 3.0):
-        window.add_single(Precision.INT8, seconds)
+        window.add(Single(Precision.INT8, seconds))
     summary = window.report_singles()[Precision.INT8]
     assert (summary.count, summary.p50_s, summary.p99_s) == (3, 2.0, 3.0)
 

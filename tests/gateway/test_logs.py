@@ -161,3 +161,26 @@ def test_descriptions_keep_our_own_messages():
         "int8qa.errors.EngineOutputError: the engine returned 3 rows for 4",
         "builtins.KeyError",
     ]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stream", "as_json"), [(Terminal(), False), (None, True)])
+def test_format_by_itself(restored_logging, stream, as_json):
+    """People on a terminal get lines to read, everything else JSON."""
+    stream = stream or io.StringIO()
+    configure_logging(build_settings(), stream=stream)
+    structlog.get_logger("x").info("request", status=200)
+    assert stream.getvalue().startswith("{") is as_json
+
+
+def test_a_stream_that_is_gone_fails_no_request(restored_logging):
+    """Lines are lost, and nothing else."""
+    stream = io.StringIO()
+    configure_logging(build_settings(), stream=stream)
+    logger = structlog.get_logger("x")
+    stream.close()
+    logger.info("request", status=200)

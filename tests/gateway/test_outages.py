@@ -87,7 +87,9 @@ async def test_requests_in_flight_when_the_engine_dies_get_503(service: Service)
     """None of the waiting requests hangs."""
     service.engine.open_gate.clear()
     requests = [asyncio.create_task(service.ask()) for _ in range(20)]
-    await wait_until(lambda: len(service.engine.calls) == 2)
+    await wait_until(
+        lambda: len(service.engine.calls) == service.settings.batcher.max_in_flight
+    )
     service.engine.fault = service.engine.down = GONE
     service.engine.open_gate.set()
     responses = await asyncio.wait_for(asyncio.gather(*requests), 10)

@@ -18,8 +18,9 @@ import uvicorn
 
 from int8qa.contract import TOKENIZER_FILENAME, Contract, Precision
 from int8qa.errors import ContractError, ModelLoadError
-from int8qa.gateway.app import GatewayServer, create_app
+from int8qa.gateway.app import create_app
 from int8qa.gateway.reload import Reloader
+from int8qa.gateway.server import GatewayServer
 from int8qa.reader.tokenizer import ReaderTokenizer
 from tests.gateway.fakes import (
     ALL,

@@ -15,16 +15,17 @@ import pytest
 
 from int8qa.contract import TOKENIZER_FILENAME
 from int8qa.errors import ConfigurationError, ContractError
-from int8qa.gateway.app import bind_socket, serve
+from int8qa.gateway.app import serve
+from int8qa.gateway.process import bind_socket
 from tests.gateway.fakes import TOKENIZER_JSON, build_contract, build_settings
 
 ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
 import asyncio, sys
-from int8qa.gateway.app import (
-    bind_socket, create_app, run_event_loop, run_server,
-)
+from int8qa.gateway.app import create_app
+from int8qa.gateway.process import bind_socket, run_event_loop
+from int8qa.gateway.server import run_server
 from int8qa.reader.tokenizer import ReaderTokenizer
 from tests.gateway.fakes import (
     TOKENIZER_JSON, FakeEngine, build_contract, build_settings,

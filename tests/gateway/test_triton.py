@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ import pytest
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
-from int8qa.contract import Precision
+from int8qa.contract import ALONE_PARAMETER, Precision
 from int8qa.errors import (
     ContractError,
     DeadlineExceededError,
@@ -22,7 +23,7 @@ from int8qa.errors import (
     EngineUnavailableError,
     ModelLoadError,
 )
-from int8qa.gateway.batcher import PaddedBatch
+from int8qa.gateway.tensors import PaddedBatch
 from int8qa.gateway.triton import ERROR_BY_CODE, TritonEngine, map_triton_errors
 from tests.gateway.fakes import build_contract
 
@@ -139,6 +140,19 @@ async def test_batch_goes_there_and_back(tokenizer):
     assert [tensor.name for tensor in request.inputs] == list(INPUTS)
     assert {tensor.datatype for tensor in request.inputs} == {"INT32"}
     assert {tuple(tensor.shape) for tensor in request.inputs} == {(2, 32)}
+
+
+@pytest.mark.parametrize("alone", [True, False])
+async def test_triton_knows_who_is_alone(tokenizer, alone: bool):
+    """A batch that may have all cores says so, any other says nothing."""
+    triton = FakeTriton()
+    async with run_triton(triton) as port, connect(port, tokenizer) as engine:
+        batch = dataclasses.replace(build_batch(), alone=alone)
+        await engine.infer(Precision.INT8, batch, None)
+    (request,) = triton.seen
+    assert (ALONE_PARAMETER in request.parameters) is alone
+    if alone:
+        assert request.parameters[ALONE_PARAMETER].bool_param
 
 
 async def test_metadata_is_held_to_the_contract(tokenizer):
@@ -275,7 +289,7 @@ async def test_slow_triton_is_a_deadline(tokenizer):
 
 
 async def test_triton_knows_the_deadline(tokenizer):
-    """Each request carries its time left in microseconds, so that its queue drops it."""
+    """Each request carries its time left in microseconds, so for a model whose queue has a policy."""
     triton = FakeTriton()
     async with run_triton(triton) as port, connect(port, tokenizer) as engine:
         for timeout_s in (2.5, 1.0, None):

@@ -19,8 +19,8 @@ from int8qa.errors import (
     EngineUnavailableError,
 )
 from int8qa.gateway import triton_group
-from int8qa.gateway.batcher import PaddedBatch
 from int8qa.gateway.engine import Engine
+from int8qa.gateway.tensors import PaddedBatch
 from int8qa.gateway.triton import TritonEngine
 from int8qa.gateway.triton_group import TritonGroup, open_tritons
 from tests.gateway.fakes import build_contract, wait_until

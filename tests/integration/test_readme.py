@@ -70,9 +70,7 @@ def test_other_commands_are_run_by_ci() -> None:
 def test_listed_files_exist() -> None:
     """The tree in the README names real files, and no module is left out."""
     tree = next(t for t in _blocks("") if t.startswith("service/int8qa/"))
-    listed = set(re.findall(r"(\w+)\.py\b", tree)) | set(
-        re.findall(r"\b(?:locate|launch|log_lines|guard|supervisor)\b", tree)
-    )
+    listed = set(re.findall(r"(\w+)\.py\b", tree))
     modules = {
         path.stem
         for path in (ROOT / "service/int8qa").rglob("*.py")

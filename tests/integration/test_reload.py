@@ -56,6 +56,11 @@ def publish(
             "sequence_buckets": BUCKETS,
             "max_window_tokens": BUCKETS[-1],
             "models": {precision: built.models[precision] for precision in PAIR},
+            "batch_ms": {
+                precision: {length: costs[length] for length in BUCKETS}
+                for precision, costs in built.batch_ms.items()
+                if precision in PAIR
+            },
         }
     )
     with stage_repository(target) as staged:

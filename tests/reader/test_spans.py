@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -206,6 +207,23 @@ def test_null_answer_takes_its_lowest_score_over_windows(
     )
     assert best.is_null
     assert (best.text, best.start, best.end) == ("", 0, 0)
+
+
+def test_null_answer_wins_from_its_threshold_on(tokenizer: ReaderTokenizer) -> None:
+    """The lead in log score that the null answer needs is exactly the threshold."""
+    request = make_request(tokenizer, "Orla built it", {-1: 4.0, 0: 3.0})
+    null, best = decode_spans(*request, top_k=2, allow_no_answer=True)
+    assert null.is_null
+    lead = math.log(null.score / best.score)
+    for threshold, wins in ((lead - 1e-3, True), (lead + 1e-3, False)):
+        first, second = decode_spans(
+            *request,
+            top_k=2,
+            allow_no_answer=True,
+            null_score_diff_threshold=threshold,
+        )
+        assert first.is_null is wins
+        assert {first, second} == {null, best}
 
 
 def test_null_answer_is_offered_only_on_request(tokenizer: ReaderTokenizer) -> None:

@@ -131,7 +131,9 @@ def fold_as_bert(text: str) -> str:
     kept = "".join(
         char
         for char in text
-        if not unicodedata.category(char).startswith("C") or char.isspace()
+        # Its cleaning drops U+FFFD too, and of the controls that are blank keeps three.
+        if char in "\t\n\r"
+        or not (char == "\ufffd" or unicodedata.category(char).startswith("C"))
     )
     decomposed = unicodedata.normalize("NFD", kept)
     bare = "".join(char for char in decomposed if unicodedata.category(char) != "Mn")

@@ -14,7 +14,7 @@ import math
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from starlette.datastructures import Headers
@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from int8qa.errors import ConfigurationError
 from int8qa.gateway.addresses import is_admin, needs_key
+from int8qa.gateway.channel import KeyUse
 from int8qa.gateway.key_file import MAX_FILE_BYTES, ApiKey, hash_key, parse_key_file
 from int8qa.gateway.logs import get_logger
 from int8qa.gateway.problems import Problem, ProblemKind
@@ -50,6 +51,21 @@ class Client:
     key: ApiKey
     bucket: TokenBucket | None
     in_flight: int = 0
+    """In this process."""
+    elsewhere: dict[int, int] = field(default_factory=dict)
+    """In others, by their numbers."""
+    tell: Callable[[KeyUse], None] | None = None
+    """Whom to tell of each use: the other processes."""
+
+    def count_under_way(self) -> int:
+        """Requests of this key, as far as is known here."""
+        return self.in_flight + sum(self.elsewhere.values())
+
+    def change(self, in_flight: int, taken: int = 0) -> None:
+        """Note the beginning or end of a request, and what it took of the bucket."""
+        self.in_flight += in_flight
+        if self.tell is not None:
+            self.tell(KeyUse(0, self.key.name, taken, self.in_flight))
 
 
 class KeyRing:
@@ -64,10 +80,12 @@ class KeyRing:
         path: Path,
         telemetry: Telemetry,
         *,
+        tell: Callable[[KeyUse], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._path = path
         self._telemetry = telemetry
+        self._tell = tell
         self._clock = clock
         self._clients: dict[str, Client] = {}
         self._seen: bytes | str = b""
@@ -88,6 +106,20 @@ class KeyRing:
                 if hmac.compare_digest(client.key.digest, digest):
                     found = client
         return found
+
+    def hear(self, use: KeyUse) -> None:
+        """Charge a key with what another process let it do."""
+        client = self._clients.get(use.name)
+        if client is None:
+            return
+        client.elsewhere[use.origin] = use.in_flight
+        if client.bucket is not None and use.taken:
+            client.bucket.charge(use.taken)
+
+    def forget(self, origin: int) -> None:
+        """A process is gone, and its requests with it."""
+        for client in self._clients.values():
+            client.elsewhere.pop(origin, None)
 
     @contextlib.asynccontextmanager
     async def watch(self, interval_s: float = RELOAD_INTERVAL_S) -> AsyncIterator[None]:
@@ -139,7 +171,7 @@ class KeyRing:
         clients = {}
         for key in keys:
             # What a key has under way, and has used up, stays its own.
-            client = self._clients.get(key.name) or Client(key, None)
+            client = self._clients.get(key.name) or Client(key, None, tell=self._tell)
             client.key = key
             client.bucket = self._fit_bucket(key, client.bucket)
             clients[key.name] = client
@@ -244,10 +276,11 @@ def _admit(client: Client, record: RequestRecord) -> Iterator[None]:
     door, the others when it is done, if need be as a debt.
     """
     key, bucket = client.key, client.bucket
-    if key.concurrent is not None and client.in_flight >= key.concurrent:
+    under_way = client.count_under_way() if key.concurrent is not None else 0
+    if key.concurrent is not None and under_way >= key.concurrent:
         raise _RefusedError(
             TOO_MANY,
-            f"this key has {client.in_flight} requests under way; allowed are "
+            f"this key has {under_way} requests under way; allowed are "
             f"{key.concurrent}. Wait until one is answered",
             wait_s=1.0,
         )
@@ -259,10 +292,12 @@ def _admit(client: Client, record: RequestRecord) -> Iterator[None]:
             f"{key.capacity} at once; ask again in {math.ceil(wait_s)} s",
             wait_s=wait_s,
         )
-    client.in_flight += 1
+    client.change(1, taken=1)
     try:
         yield
     finally:
-        client.in_flight -= 1
+        more = 0
         if bucket is not None and record.items is not None and record.status < 400:
-            bucket.charge(record.items - 1)
+            more = record.items - 1
+            bucket.charge(more)
+        client.change(-1, taken=more)

@@ -1,7 +1,8 @@
 """What the gateway is busy with: requests from admission to reply, and questions.
 
 In: beginnings and ends. Out: how many, whether none, and whether somebody came
-meanwhile. Knows neither what a request is nor the time.
+meanwhile; questions are those of all gateway processes. Knows neither what a request
+is nor the time.
 """
 
 from __future__ import annotations
@@ -9,6 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
+
+from int8qa.gateway.load import Figure, Load, stand_alone
+
+_POLL_S = 0.005
+"""How often other processes are looked at, which announce nothing."""
 
 
 class Activity:
@@ -19,9 +25,14 @@ class Activity:
     """
 
     def __init__(
-        self, on_change: Callable[[int], None] = lambda _requests: None
+        self,
+        on_change: Callable[[int], None] = lambda _requests: None,
+        load: Load | None = None,
     ) -> None:
         self._on_change = on_change
+        self._load = load or stand_alone()
+        self._replays = 0
+        self._begun = 0
         self._requests = 0
         self._questions = 0
         self._arrivals = 0
@@ -38,12 +49,12 @@ class Activity:
     @property
     def questions(self) -> int:
         """Questions in work; a batch request has many."""
-        return self._questions
+        return self._questions + self._load.add_up_others(Figure.WORK)
 
     @property
     def arrivals(self) -> int:
         """Questions that ever came: equal twice, nobody came between."""
-        return self._arrivals
+        return self._arrivals + self._load.add_up_others(Figure.ARRIVALS)
 
     async def wait_for_no_request(self) -> None:
         """Return once no request is admitted; at once if none is."""
@@ -52,6 +63,9 @@ class Activity:
     async def wait_for_no_question(self) -> None:
         """Return once no question is in work; at once if none is."""
         await self._no_question.wait()
+        while self.questions:
+            await asyncio.sleep(_POLL_S)
+            await self._no_question.wait()
 
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:
@@ -73,9 +87,34 @@ class Activity:
         self._questions += 1
         self._arrivals += 1
         self._no_question.clear()
+        self._begin()
         try:
             yield
         finally:
             self._questions -= 1
+            self._show_work()
             if not self._questions:
                 self._no_question.set()
+
+    @contextlib.contextmanager
+    def replay(self) -> Iterator[bool]:
+        """Count a replay, which to other processes is a question like any.
+
+        Gives whether they leave the engine alone now.
+        """
+        self._replays += 1
+        self._begin()
+        try:
+            yield not self._load.add_up_others(Figure.WORK)
+        finally:
+            self._replays -= 1
+            self._show_work()
+
+    def _begin(self) -> None:
+        self._begun += 1
+        # First the work: who sees the arrival may look for it.
+        self._show_work()
+        self._load.set(Figure.ARRIVALS, self._begun)
+
+    def _show_work(self) -> None:
+        self._load.set(Figure.WORK, self._questions + self._replays)

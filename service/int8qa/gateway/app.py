@@ -1,24 +1,19 @@
-"""The gateway as one application, and the server that runs it.
+"""The gateway as one application.
 
 In: settings, the contract, a tokenizer, an engine. Out: a FastAPI application that
 opens and closes all it needs in its lifespan, and starts whether or not the engine
-is there; or the whole as a process that ends gracefully on SIGTERM.
+is there; or, with an engine of its own choice, what ``int8qa serve`` runs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
-import signal
+import functools
 import socket
-import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-import uvicorn
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
@@ -34,16 +29,17 @@ from int8qa.contract import (
     Precision,
     load_contract,
 )
-from int8qa.errors import ConfigurationError, Int8qaError
+from int8qa.errors import Int8qaError
 from int8qa.gateway import batches, routes, status
 from int8qa.gateway.access import AccessGate, KeyRing
 from int8qa.gateway.addresses import AddressSplit
 from int8qa.gateway.budget import ByteBudget
 from int8qa.gateway.comparison import ComparisonWindow
-from int8qa.gateway.connections import build_protocol
+from int8qa.gateway.crew import Crew
 from int8qa.gateway.edge import RequestEdge, note_problem
 from int8qa.gateway.engine import Engine
-from int8qa.gateway.logs import configure_logging, get_logger
+from int8qa.gateway.load import stand_alone
+from int8qa.gateway.logs import configure_logging
 from int8qa.gateway.openapi import describe_api
 from int8qa.gateway.page import build_page_router, load_files
 from int8qa.gateway.pipeline import AnswerPipeline
@@ -54,12 +50,13 @@ from int8qa.gateway.problems import (
     RequestProblemError,
     describe_problem,
 )
+from int8qa.gateway.process import bind_socket, run_event_loop
 from int8qa.gateway.reload import Gateway, Reloader
 from int8qa.gateway.routes import get_gateway, get_record
+from int8qa.gateway.server import run_server
 from int8qa.gateway.telemetry import Telemetry
 from int8qa.gateway.tracing import NO_TRACING, Tracing, open_tracing
 from int8qa.gateway.triton_group import open_tritons
-from int8qa.gateway.waiting import finish_within
 from int8qa.reader.tokenizer import ReaderTokenizer
 from int8qa.settings import Settings
 
@@ -79,15 +76,6 @@ _CORS_REQUEST_HEADERS = (
 )
 _CORS_RESPONSE_HEADERS = ("Retry-After", "Server-Timing", "X-Request-Id")
 
-_BACKLOG = 2048
-
-_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
-
-_ANNOUNCE_POLL_S = 0.5
-
-_LAST_WORDS_S = 0.5
-"""Between a second signal's refusals and cutting whoever has not read them."""
-
 
 def create_app(
     settings: Settings,
@@ -97,22 +85,28 @@ def create_app(
     *,
     open_engine: Callable[[Contract], Engine] | None = None,
     tracing: Tracing = NO_TRACING,
+    crew: Crew | None = None,
 ) -> FastAPI:
     """Build the application; ``app.state.gateway`` holds its parts.
 
     Its end closes the engine and ``tracing``. With ``open_engine``, which gives an
     engine for another build, ``app.state.reloader`` can replace ``app.state.gateway``.
+    ``crew`` is what this process shares with other gateway processes.
 
     Raises:
         ConfigurationError: the default precision is not in the model repository, or
             the file of API keys is unusable.
         ContractError: the tokenizer is not the one the models were built with.
     """
-    telemetry = Telemetry(contract)
+    telemetry = Telemetry(contract, leads=crew is None or crew.leads)
     telemetry.declare_reasons(REJECTION_REASONS)
     telemetry.set_guard_threshold(settings.comparison.guard_agreement)
     access = settings.access
-    keys = KeyRing(Path(access.keys_file), telemetry) if access.keys_file else None
+    keys = None
+    if access.keys_file:
+        tell = None if crew is None else crew.tell_key_use
+        keys = KeyRing(Path(access.keys_file), telemetry, tell=tell)
+    load = stand_alone() if crew is None else crew.load
 
     def open_gateway(
         contract: Contract, tokenizer: ReaderTokenizer, engine: Engine
@@ -127,6 +121,8 @@ def create_app(
             comparison=comparison,
             tracing=tracing,
             on_other_build=app.state.reloader.request_retry,
+            load=load,
+            share=functools.partial(crew.share, contract.build_id) if crew else None,
         )
         return Gateway(settings, contract, pipeline, telemetry, comparison)
 
@@ -134,6 +130,8 @@ def create_app(
     async def run_lifespan(_app: FastAPI) -> AsyncIterator[None]:
         try:
             await app.state.gateway.pipeline.start()
+            if crew is not None:
+                await crew.settle()
             async with keys.watch() if keys else contextlib.nullcontext():
                 yield
         finally:
@@ -159,10 +157,17 @@ def create_app(
         },
     )
     app.state.reloader = Reloader(
-        app.state, engine, open_engine=open_engine, open_gateway=open_gateway
+        app.state,
+        engine,
+        open_engine=open_engine,
+        open_gateway=open_gateway,
+        consent=crew,
     )
     app.state.gateway = open_gateway(contract, tokenizer, engine)
     telemetry.read_comparison(app.state.gateway.comparison)
+    app.state.crew = crew
+    if crew is not None:
+        crew.attach(app.state.gateway, app.state.reloader, keys)
     app.state.plain_paths = frozenset({"/docs", "/openapi.json"})
     app.include_router(routes.router)
     app.include_router(batches.router)
@@ -186,7 +191,7 @@ def create_app(
         RequestEdge,
         telemetry=telemetry,
         max_body_bytes=settings.limits.max_body_bytes,
-        budget=ByteBudget(settings.limits.max_pending_bytes),
+        budget=ByteBudget(settings.limits.max_pending_bytes, load),
         tracing=tracing,
     )
     for kind in (
@@ -223,204 +228,43 @@ async def _handle_error(request: Request, error: Exception) -> Response:
     return problem.to_response(record.request_id, headers=dict(headers or {}))
 
 
-# The process.
-
-
-class GatewayServer(uvicorn.Server):
-    """Uvicorn, which drains the pipeline while it waits for connections.
-
-    Unlike uvicorn it does not raise a caught signal again when done: who called may
-    have more to stop.
-    """
-
-    def __init__(
-        self,
-        config: uvicorn.Config,
-        reloader: Reloader,
-        *,
-        drain_timeout_s: float,
-    ) -> None:
-        super().__init__(config)
-        self._reloader = reloader
-        self._drain_timeout_s = drain_timeout_s
-        self._loop = asyncio.get_running_loop()
-        self._hurry = asyncio.Event()
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take nothing new, finish what was accepted, in bounded time."""
-        drain = asyncio.create_task(self._drain())
-        await super().shutdown(sockets)
-        await drain
-
-    async def _drain(self) -> None:
-        await self._reloader.close()
-        pipeline = self._reloader.current.pipeline
-        drain = asyncio.create_task(pipeline.drain(self._drain_timeout_s))
-        hurry = asyncio.create_task(self._hurry.wait())
-        await asyncio.wait({drain, hurry}, return_when=asyncio.FIRST_COMPLETED)
-        hurry.cancel()
-        if drain.done():
-            await drain
-            return
-        drain.cancel()
-        await asyncio.gather(drain, return_exceptions=True)
-        await pipeline.drain(0)
-        # Uvicorn closes each connection that has its answer. What is left is still
-        # sending its request, or does not read.
-        await asyncio.sleep(_LAST_WORDS_S)
-        for connection in list(self.server_state.connections):
-            if connection.transport is not None:
-                connection.transport.abort()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Handle SIGINT and SIGTERM: the first drains, the second fails what is left.
-
-        A third skips the orderly close. SIGUSR1 reloads a rebuilt model repository.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        handled = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self.handle_exit) for number in handled}
-        # Not SIGHUP: a terminal that is closed sends it, and means the end.
-        if hasattr(signal, "SIGUSR1"):
-            before[signal.SIGUSR1] = signal.signal(
-                signal.SIGUSR1,
-                lambda *_: self._loop.call_soon_threadsafe(self._reloader.request),
-            )
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Ask the server to end; on a second signal, without waiting for answers."""
-        del sig, frame
-        if self._hurry.is_set():
-            self.force_exit = True
-        elif self.should_exit:
-            # A plain set() in a signal handler would not wake the loop.
-            self._loop.call_soon_threadsafe(self._hurry.set)
-        self.should_exit = True
-
-
-def bind_socket(host: str, port: int, *, setting: str = "INT8QA_PORT") -> socket.socket:
-    """Bind and listen, before anything expensive is started.
-
-    Args:
-        host: a local address.
-        port: 0 for any free one.
-        setting: where the port can be changed, for the message.
+def open_app(
+    settings: Settings,
+    contract: Contract,
+    tokenizer: ReaderTokenizer,
+    crew: Crew | None = None,
+) -> FastAPI:
+    """``create_app``, with the engine and the tracing that the settings name.
 
     Raises:
-        ConfigurationError: the address is taken, or not ours.
+        ConfigurationError: as ``create_app``; or tracing is not installed.
+        ContractError: as ``create_app``.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    except OSError as error:
-        raise ConfigurationError(
-            f"cannot listen on {host}:{port}: {error.strerror}. Stop what listens "
-            f"there, or choose another port with {setting}"
-        ) from error
+    tracing = open_tracing(settings.tracing)
 
+    def count(precision: Precision, serving: int, left_out: int) -> None:
+        telemetry: Telemetry = app.state.gateway.telemetry
+        telemetry.count_tritons(precision, serving, left_out)
 
-def _bind_admin(settings: Settings, public: socket.socket) -> list[socket.socket]:
-    """The operators' socket, if there is to be one."""
-    host, port = settings.admin.host, settings.admin.port
-    if not port:
-        return []
-    # Requests are told apart by the port.
-    if port == public.getsockname()[1]:
-        raise ConfigurationError(
-            f"INT8QA_ADMIN__PORT and INT8QA_PORT are both {port}; choose two ports"
+    def open_engine(contract: Contract) -> Engine:
+        return open_tritons(
+            settings.triton.url,
+            contract,
+            control_key=settings.triton.control_key,
+            tracing=tracing,
+            count=count,
         )
-    return [bind_socket(host, port, setting="INT8QA_ADMIN__PORT")]
 
-
-async def run_server(
-    app: FastAPI,
-    listener: socket.socket,
-    *,
-    on_ready: Callable[[str], None] | None = None,
-) -> None:
-    """Serve an application until SIGINT or SIGTERM, then drain and return.
-
-    Args:
-        app: from ``create_app``.
-        listener: from ``bind_socket``; closed at the end. The operators' address, if
-            there is one, is bound here.
-        on_ready: called once with the base URL, when all models can first be asked.
-
-    Raises:
-        ConfigurationError: the operators' address is taken, or not ours.
-    """
-    gateway: Gateway = app.state.gateway
-    settings = gateway.settings
-    try:
-        listeners = [listener, *_bind_admin(settings, listener)]
-    except ConfigurationError:
-        listener.close()
-        raise
-    proxies = settings.access.trusted_proxies
-    _tell_exposure(settings)
-    drain_timeout_s = gateway.settings.limits.shutdown_timeout_s
-    server = GatewayServer(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            lifespan="on",
-            http=build_protocol(gateway.settings.limits),
-            ws="none",
-            # Else uvicorn believes any X-Forwarded-For that comes from loopback.
-            proxy_headers=bool(proxies),
-            forwarded_allow_ips=proxies or None,
-            # A little longer than the drain, which answers what it cannot finish.
-            timeout_graceful_shutdown=math.ceil(drain_timeout_s) + 1,
-        ),
-        app.state.reloader,
-        drain_timeout_s=drain_timeout_s,
+    app = create_app(
+        settings,
+        contract,
+        tokenizer,
+        open_engine(contract),
+        open_engine=open_engine,
+        tracing=tracing,
+        crew=crew,
     )
-    host, port = listener.getsockname()[:2]
-    base_url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-    async def announce() -> None:
-        # Another gateway may take this one's place before it was ever ready.
-        waiting = True
-        while waiting:
-            with contextlib.suppress(asyncio.TimeoutError):
-                ready = app.state.gateway.pipeline.watch.wait_ready()
-                await finish_within(ready, _ANNOUNCE_POLL_S)
-                waiting = False
-        if on_ready is not None:
-            on_ready(base_url)
-
-    announcement = asyncio.create_task(announce())
-    try:
-        await server.serve(sockets=listeners)
-    finally:
-        announcement.cancel()
-        await asyncio.gather(announcement, return_exceptions=True)
-        for one in listeners:
-            one.close()
-
-
-def _tell_exposure(settings: Settings) -> None:
-    """Say who may ask, where that is more than this machine's own."""
-    log, admin = get_logger(), settings.admin
-    if admin.port:
-        log.info("admin_address", host=admin.host, port=admin.port)
-    if not settings.access.keys_file and settings.host not in _LOOPBACK:
-        log.warning(
-            "open_to_all",
-            host=settings.host,
-            hint="whoever reaches this address may ask; INT8QA_ACCESS__KEYS_FILE asks "
-            "for API keys",
-        )
+    return app
 
 
 def serve(
@@ -447,39 +291,7 @@ def serve(
     tokenizer = ReaderTokenizer.from_file(
         settings.model_repository / TOKENIZER_FILENAME
     )
-    tracing = open_tracing(settings.tracing)
-
-    def count(precision: Precision, serving: int, left_out: int) -> None:
-        telemetry: Telemetry = app.state.gateway.telemetry
-        telemetry.count_tritons(precision, serving, left_out)
-
-    def open_engine(contract: Contract) -> Engine:
-        return open_tritons(
-            settings.triton.url,
-            contract,
-            control_key=settings.triton.control_key,
-            tracing=tracing,
-            count=count,
-        )
-
-    app = create_app(
-        settings,
-        contract,
-        tokenizer,
-        open_engine(contract),
-        open_engine=open_engine,
-        tracing=tracing,
-    )
+    app = open_app(settings, contract, tokenizer)
     if listener is None:
         listener = bind_socket(settings.host, settings.port)
     run_event_loop(run_server(app, listener, on_ready=on_ready))
-
-
-def run_event_loop(main: Coroutine[Any, Any, None]) -> None:
-    """Run ``main`` to its end, on uvloop where there is one."""
-    try:
-        import uvloop
-    except ImportError:  # not on Windows, nor on every Python
-        asyncio.run(main)
-    else:
-        uvloop.run(main)

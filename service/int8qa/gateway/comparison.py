@@ -12,9 +12,12 @@ import statistics
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from int8qa.contract import Precision
-from int8qa.gateway.query import Run
+
+if TYPE_CHECKING:
+    from int8qa.gateway.query import Run
 
 HISTOGRAM_BINS = 48
 HISTOGRAM_EDGES_S = tuple(
@@ -83,6 +86,35 @@ def _score(answer: PairedAnswer | None) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class Single:
+    """The inference time of one answered question, in one precision."""
+
+    precision: Precision
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class FailedPair:
+    """A pair in which a precision failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Nonsense:
+    """An INT8 answer that made no sense: it agrees with nothing."""
+
+
+Observation = Single | Pair | FailedPair | Nonsense
+"""All that the comparison and its guard are made of."""
+
+
+def judge(seen: Observation) -> bool | None:
+    """Whether INT8 agreed with FP16; None where that was not asked."""
+    if isinstance(seen, Nonsense):
+        return False
+    return seen.agreed if isinstance(seen, Pair) else None
+
+
+@dataclass(frozen=True, slots=True)
 class PairedReport:
     """Questions answered by both precisions, one after the other."""
 
@@ -101,6 +133,32 @@ class PairedReport:
     """Pairs in which a precision failed, since start; they count nowhere else."""
 
 
+@dataclass(frozen=True, slots=True)
+class ShadowReport:
+    """What was asked again since start."""
+
+    replayed: int
+    waiting: int
+    skipped: dict[str, int]
+    """By reason."""
+    disturbed: int
+    spent_share: float
+    """Share of the wall time since start that went into it, 0 to 1."""
+
+    def add(self, other: ShadowReport) -> ShadowReport:
+        """Of two processes together, whose shares add up to the engine's."""
+        return ShadowReport(
+            self.replayed + other.replayed,
+            self.waiting + other.waiting,
+            {
+                reason: count + other.skipped.get(reason, 0)
+                for reason, count in self.skipped.items()
+            },
+            self.disturbed + other.disturbed,
+            self.spent_share + other.spent_share,
+        )
+
+
 class ComparisonWindow:
     """The last ``size`` observations per precision, and the last ``size`` pairs.
 
@@ -117,17 +175,14 @@ class ComparisonWindow:
         self._pairs: deque[Pair] = deque(maxlen=size)
         self._errors = 0
 
-    def add_single(self, precision: Precision, seconds: float) -> None:
-        """Add the inference time of one answered question."""
-        self._singles[precision].append(seconds)
-
-    def add_pair(self, pair: Pair) -> None:
-        """Add one question answered by both precisions."""
-        self._pairs.append(pair)
-
-    def add_error(self) -> None:
-        """Count a pair in which a precision failed."""
-        self._errors += 1
+    def add(self, seen: Observation) -> None:
+        """Add what was seen of one question."""
+        if isinstance(seen, Single):
+            self._singles[seen.precision].append(seen.seconds)
+        elif isinstance(seen, Pair):
+            self._pairs.append(seen)
+        elif isinstance(seen, FailedPair):
+            self._errors += 1
 
     def speedup(self) -> float | None:
         """Median of FP16 time / INT8 time over the undisturbed pairs, None without any.

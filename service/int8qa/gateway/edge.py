@@ -12,10 +12,10 @@ import contextlib
 import re
 import time
 import uuid
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Iterable
+from typing import TypeVar
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -28,6 +28,7 @@ from int8qa.gateway.telemetry import (
     OTHER_ROUTE,
     STAGES,
     RequestRecord,
+    StageSeconds,
     Telemetry,
 )
 from int8qa.gateway.tracing import NO_TRACING, Tracing
@@ -49,12 +50,17 @@ SECURITY_HEADERS = {
     "Cache-Control": "no-store",
 }
 
-_DATA_POLICY = "default-src 'none'; frame-ancestors 'none'"
+_SECURITY_HEADERS = tuple(
+    (name.lower().encode(), value.encode()) for name, value in SECURITY_HEADERS.items()
+)
+_REQUEST_ID = b"x-request-id"
+
+_DATA_POLICY = b"default-src 'none'; frame-ancestors 'none'"
 _DOCS_POLICY = (
     # FastAPI writes /docs with one script in it, and Swagger UI its styles.
-    "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' "
-    "'unsafe-inline'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'"
+    b"default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' "
+    b"'unsafe-inline'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; "
+    b"form-action 'none'; frame-ancestors 'none'"
 )
 
 
@@ -157,25 +163,35 @@ def choose_request_id(offered: str | None) -> str:
     return uuid.uuid4().hex
 
 
-async def run_until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Run ``work``, and cancel it when the client leaves.
+async def run_until_gone(receive: Receive, work: Awaitable[T]) -> T:
+    """Do ``work``, and cancel it when the client leaves.
 
     The body must have been read: what ``receive`` then gives is the disconnect.
 
     Raises:
         ClientGoneError: the client left first.
     """
-    task = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(_wait_for_disconnect(receive))
+    worker = asyncio.current_task()
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        # A connection that can be asked no more is as good as gone.
+        with contextlib.suppress(Exception):
+            await _wait_for_disconnect(receive)
+        gone = True
+        if worker is not None:
+            worker.cancel()
+
+    watcher = asyncio.ensure_future(watch())
     try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGoneError
+        return await work
+    except asyncio.CancelledError:
+        if gone:
+            raise ClientGoneError from None
+        raise
     finally:
-        for pending in (task, watcher):
-            pending.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
+        watcher.cancel()
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:
@@ -260,17 +276,7 @@ def _decorate_send(send: Send, record: RequestRecord, body: _BoundedBody) -> Sen
     async def send_decorated(message: Message) -> None:
         if message["type"] == "http.response.start":
             record.status = message["status"]
-            headers = MutableHeaders(scope=message)
-            headers["X-Request-Id"] = record.request_id
-            for name, value in SECURITY_HEADERS.items():
-                if name != "Cache-Control" or "ETag" not in headers:
-                    headers.setdefault(name, value)
-            is_html = headers.get("Content-Type", "").startswith("text/html")
-            headers.setdefault(
-                "Content-Security-Policy", _DOCS_POLICY if is_html else _DATA_POLICY
-            )
-            if record.stages is not None:
-                headers["Server-Timing"] = _format_timing(record)
+            message["headers"] = _decorate_headers(message["headers"], record)
         elif body.refused and not message.get("more_body"):
             await send({**message, "more_body": True})
             await body.discard()
@@ -278,6 +284,30 @@ def _decorate_send(send: Send, record: RequestRecord, body: _BoundedBody) -> Sen
         await send(message)
 
     return send_decorated
+
+
+def _decorate_headers(
+    headers: Iterable[tuple[bytes, bytes]], record: RequestRecord
+) -> list[tuple[bytes, bytes]]:
+    """Add those of every response; a response's own stay as they are.
+
+    On bytes: Starlette's mutable headers search the list anew for each of them.
+    """
+    decorated = [pair for pair in headers if pair[0] != _REQUEST_ID]
+    given = dict(decorated)
+    decorated.append((_REQUEST_ID, record.request_id.encode("latin-1")))
+    for pair in _SECURITY_HEADERS:
+        name = pair[0]
+        if name not in given and (name != b"cache-control" or b"etag" not in given):
+            decorated.append(pair)
+    if b"content-security-policy" not in given:
+        is_html = given.get(b"content-type", b"").startswith(b"text/html")
+        policy = _DOCS_POLICY if is_html else _DATA_POLICY
+        decorated.append((b"content-security-policy", policy))
+    if record.stages is not None:
+        timing = _format_timing(record.stages).encode()
+        decorated.append((b"server-timing", timing))
+    return decorated
 
 
 def _build_too_large(measured: str, limit: int) -> InputTooLargeError:
@@ -320,7 +350,7 @@ def _label_route(scope: Scope) -> str:
     return scope["path"] if scope["path"] in known else OTHER_ROUTE
 
 
-def _format_timing(record: RequestRecord) -> str:
+def _format_timing(stages: StageSeconds) -> str:
     return ", ".join(
-        f"{stage};dur={getattr(record.stages, stage) * 1e3:.3f}" for stage in STAGES
+        f"{stage};dur={getattr(stages, stage) * 1e3:.3f}" for stage in STAGES
     )

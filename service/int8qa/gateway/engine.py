@@ -19,8 +19,8 @@ from int8qa.errors import (
     EngineUnavailableError,
     Int8qaError,
 )
-from int8qa.gateway.batcher import BatchLogits, PaddedBatch
 from int8qa.gateway.logs import describe_exception, get_logger
+from int8qa.gateway.tensors import BatchLogits, PaddedBatch
 from int8qa.gateway.waiting import finish_within
 
 HEALTHY_FACTOR = 4.0

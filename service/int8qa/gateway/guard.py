@@ -7,7 +7,7 @@ without a wish of their own should get. Knows no HTTP, no clock, no engine.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,6 +70,12 @@ class AgreementGuard:
             self._switch(tripped=True)
         elif self._tripped and agreement >= self._settings.guard_recovery:
             self._switch(tripped=False)
+
+    def restore(self, recent: Iterable[bool], known: GuardReport) -> None:
+        """Go on where another guard of the same pairs stands; nothing is switched."""
+        self._recent.extend(recent)
+        self._tripped = known.state == "tripped"
+        self._switches = known.switches
 
     def report(self) -> GuardReport:
         """Describe the present state."""

@@ -7,8 +7,10 @@ their messages: a library's message may quote a user's text.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+import threading
 import traceback
 from collections.abc import MutableMapping
 from types import TracebackType
@@ -31,35 +33,49 @@ def get_logger() -> structlog.typing.FilteringBoundLogger:
     return logger
 
 
-def configure_logging(settings: Settings, *, stream: TextIO | None = None) -> None:
-    """Route every logger of the process through one handler; call once, at start.
+def configure_logging(
+    settings: Settings, *, stream: TextIO | None = None, worker: int | None = None
+) -> None:
+    """Give every logger of the process one format; call once, at start.
 
     Args:
         settings: ``log_level`` and ``log_format``.
         stream: where lines go; standard error by default.
+        worker: number of this process among several, for each line.
     """
+
+    def name_worker(
+        _logger: Any, _method: str, event: MutableMapping[str, Any]
+    ) -> MutableMapping[str, Any]:
+        return {**event, "worker": worker}
+
     target = sys.stderr if stream is None else stream
     before: list[structlog.typing.Processor] = [
-        structlog.stdlib.add_log_level,
+        structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _strip_exceptions,
     ]
+    if worker is not None:
+        before.insert(0, name_worker)
     renderer: structlog.typing.Processor
-    if settings.log_format == "json":
+    as_json = settings.log_format == "json"
+    if settings.log_format == "auto":
+        as_json = not target.isatty()
+    if as_json:
         renderer = structlog.processors.JSONRenderer(serializer=_dump_line)
     else:
         renderer = structlog.dev.ConsoleRenderer(
             colors=target.isatty(), pad_event_to=0, sort_keys=False
         )
+    level = settings.log_level.upper()
+    # Ours go straight to the stream: through the standard library's loggers, which
+    # are for those of others, a line costs several times as much.
+    lines = _Lines(target)
     structlog.configure(
-        processors=[
-            structlog.stdlib.filter_by_level,
-            *before,
-            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
-        ],
-        wrapper_class=structlog.stdlib.BoundLogger,
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        cache_logger_on_first_use=False,
+        processors=[*before, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level)),
+        logger_factory=lambda *_names: lines,
+        cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(target)
     handler.setFormatter(
@@ -73,13 +89,28 @@ def configure_logging(settings: Settings, *, stream: TextIO | None = None) -> No
     )
     root = logging.getLogger()
     root.handlers = [handler]
-    root.setLevel(settings.log_level.upper())
+    root.setLevel(level)
     for name in _UVICORN_LOGGERS:
         logger = logging.getLogger(name)
         logger.handlers = []
         logger.propagate = True
     # Ours is the one line per request.
     logging.getLogger("uvicorn.access").disabled = True
+
+
+class _Lines:
+    """Where finished lines go, whole and at once; a stream that is gone loses them."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+
+    def write(self, line: str) -> None:
+        with self._lock, contextlib.suppress(OSError, ValueError):
+            self._stream.write(line + "\n")
+            self._stream.flush()
+
+    debug = info = warning = error = critical = write
 
 
 def describe_exception(error: BaseException) -> list[str]:

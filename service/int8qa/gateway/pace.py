@@ -1,7 +1,8 @@
 """How fast an engine drains a queue, and what that means to whoever waits.
 
-In: batches with their padded tokens and times. Out: seconds that so many tokens will
-take, and when a refused client should ask again. Knows no queue and no clock.
+In: batches with their work and times. Out: seconds that so much work will take, and
+when a refused client should ask again. Work is what the build measured batches to cost,
+or padded tokens; the pace is what that comes to here. Knows no queue and no clock.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ MAX_RETRY_AFTER_S = 60.0
 
 
 class DrainRate:
-    """Padded tokens per second of engine time, over a sliding window."""
+    """Work per second of engine time, over a sliding window."""
 
     def __init__(self) -> None:
-        self._batches: deque[tuple[float, int, float]] = deque()
-        self._tokens = 0
+        self._batches: deque[tuple[float, float, float]] = deque()
+        self._work = 0.0
         self._busy_s = 0.0
         self._last_answer = -math.inf
 
@@ -38,36 +39,36 @@ class DrainRate:
         """Whether any batch was answered yet."""
         return bool(self._batches)
 
-    def record(self, tokens: int, dispatched: float, answered: float) -> None:
+    def record(self, work: float, dispatched: float, answered: float) -> None:
         """Take in one answered batch."""
         # Calls overlap, the engine's work does not: count from the answer before.
         busy_s = answered - max(dispatched, self._last_answer)
         self._last_answer = answered
-        self._batches.append((answered, tokens, busy_s))
-        self._tokens += tokens
+        self._batches.append((answered, work, busy_s))
+        self._work += work
         self._busy_s += busy_s
         while (
             len(self._batches) > MIN_BATCHES
             and self._batches[0][0] < answered - WINDOW_S
         ):
-            _, old_tokens, old_busy_s = self._batches.popleft()
-            self._tokens -= old_tokens
+            _, old_work, old_busy_s = self._batches.popleft()
+            self._work -= old_work
             self._busy_s -= old_busy_s
 
-    def estimate_s(self, tokens: int) -> float:
-        """Engine time for ``tokens``."""
-        if not self._tokens:
-            return UNMEASURED_S if tokens else 0.0
-        return max(0.0, tokens * self._busy_s / self._tokens)
+    def estimate_s(self, work: float) -> float:
+        """Engine time for ``work``."""
+        if not self._work:
+            return UNMEASURED_S if work else 0.0
+        return max(0.0, work * self._busy_s / self._work)
 
-    def measure_delay_s(self, now: float, dispatched: float, tokens: int) -> float:
+    def measure_delay_s(self, now: float, dispatched: float, work: float) -> float:
         """How much longer than usual the oldest batch in the engine has taken so far.
 
         An engine that hangs says nothing: who has been late for ten seconds is
         expected to be late for ten more.
         """
         taken_s = now - max(dispatched, self._last_answer)
-        return max(0.0, taken_s - self.estimate_s(tokens))
+        return max(0.0, taken_s - self.estimate_s(work))
 
 
 def compute_retry_after_s(

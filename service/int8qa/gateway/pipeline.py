@@ -1,8 +1,8 @@
 """One question from text to answers: tokenize, queue, infer, decode.
 
 In: a question with its options and a deadline. Out: answers with the time of each
-stage, or one of int8qa's errors. Owns the batchers, the tokenizing threads and the
-readiness watch. Knows no HTTP.
+stage, or one of int8qa's errors. Owns the batchers and the readiness watch. Knows no
+HTTP.
 """
 
 from __future__ import annotations
@@ -11,51 +11,49 @@ import asyncio
 import contextlib
 import functools
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 from int8qa.contract import Contract, Precision
 from int8qa.errors import (
     ConfigurationError,
     ContractError,
-    DeadlineExceededError,
     EngineError,
     EngineOutputError,
     EngineUnavailableError,
-    InputTooLargeError,
     Int8qaError,
     InvalidInputError,
-    QueueFullError,
     ShuttingDownError,
 )
 from int8qa.gateway.activity import Activity
-from int8qa.gateway.batcher import Batcher, BatchLogits, PaddedBatch
-from int8qa.gateway.comparison import ComparisonWindow, Pair, build_pair
+from int8qa.gateway.batcher import Batcher
+from int8qa.gateway.comparison import (
+    ComparisonWindow,
+    FailedPair,
+    Nonsense,
+    Observation,
+    Pair,
+    Single,
+    build_pair,
+    judge,
+)
 from int8qa.gateway.engine import Engine, ReadinessWatch, find_rebuild
 from int8qa.gateway.guard import AgreementGuard, GuardReport
+from int8qa.gateway.load import Load
 from int8qa.gateway.logs import describe_exception, get_logger
 from int8qa.gateway.query import BOTH, PAIR, Outcome, PrecisionChoice, Query, Run
+from int8qa.gateway.reading import Reading
 from int8qa.gateway.shadow import Sample, Shadow
 from int8qa.gateway.telemetry import StageSeconds, Telemetry
+from int8qa.gateway.tensors import BatchLogits, PaddedBatch
 from int8qa.gateway.tracing import NO_TRACING, Tracing
 from int8qa.gateway.waiting import finish_within
-from int8qa.reader.spans import Span, decode_spans
 from int8qa.reader.tokenizer import ReaderTokenizer
-from int8qa.reader.windows import Window, split_tokens
-from int8qa.settings import Settings
+from int8qa.reader.windows import Window
+from int8qa.settings import BatcherSettings, ComparisonSettings, Settings
 
-_INLINE_WINDOWS = 4
-"""Up to so many windows are decoded on the event loop: a thread costs more."""
-_MAX_THREADS = 4
 _REPLAY_TIMEOUT_S = 5.0
 """For one precision's answer to a sample that is asked again."""
-_PENDING_CONTEXTS = 8
-"""Longest contexts' worth of characters that may wait for a tokenizing thread."""
-
-T = TypeVar("T")
 
 
 def resolve_default_precision(settings: Settings, contract: Contract) -> Precision:
@@ -79,6 +77,20 @@ def resolve_default_precision(settings: Settings, contract: Contract) -> Precisi
             f"repository holds {', '.join(contract.models)}; set it to one of these"
         )
     return default
+
+
+def _take_share(settings: Settings) -> tuple[BatcherSettings, ComparisonSettings]:
+    """One process's part of what all of them may queue, and spend on asking again."""
+    processes = settings.workers
+    batching, sampling = settings.batcher, settings.comparison
+    if processes == 1:
+        return batching, sampling
+    tokens = max(1, batching.max_queue_tokens // processes)
+    share = sampling.capacity_share / processes
+    return (
+        batching.model_copy(update={"max_queue_tokens": tokens}),
+        sampling.model_copy(update={"capacity_share": share}),
+    )
 
 
 class _Queues:
@@ -115,6 +127,8 @@ class AnswerPipeline:
         comparison: ComparisonWindow,
         tracing: Tracing = NO_TRACING,
         on_other_build: Callable[[], None] = lambda: None,
+        load: Load | None = None,
+        share: Callable[[Observation], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.default_precision = resolve_default_precision(settings, contract)
@@ -137,16 +151,17 @@ class AnswerPipeline:
         )
         self._settings = settings
         self._contract = contract
-        self._tokenizer = tokenizer
         self._engine = engine
         self._telemetry = telemetry
         self._comparison = comparison
         self._tracing = tracing
+        self._share = share or self.observe
+        batching, sampling = _take_share(settings)
         self._batchers = {
             precision: Batcher(
                 precision,
                 contract,
-                settings.batcher,
+                batching,
                 self._infer,
                 observer=telemetry,
                 tracing=tracing,
@@ -154,16 +169,15 @@ class AnswerPipeline:
             )
             for precision in contract.models
         }
-        self._threads: ThreadPoolExecutor | None = None
-        self._pending_chars = 0
+        self._reading = Reading(tokenizer, settings.limits, clock)
         self._turn = itertools.count()
-        self.activity = Activity(telemetry.set_inflight)
+        self.activity = Activity(telemetry.set_inflight, load)
         self._queues = _Queues(self._batchers.values())
         self._serving = self.default_precision
         telemetry.set_serving(self._serving)
         self.guard = AgreementGuard(settings.comparison, on_switch=self._on_switch)
         self.shadow = Shadow(
-            settings.comparison,
+            sampling,
             self.activity,
             self._queues,
             ask=self._ask_again,
@@ -176,9 +190,7 @@ class AnswerPipeline:
 
     async def start(self) -> None:
         """Open the engine, start the batchers and the watch; waits for neither."""
-        self._threads = ThreadPoolExecutor(
-            min(_MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="reader"
-        )
+        self._reading.start()
         await self._engine.connect()
         for batcher in self._batchers.values():
             await batcher.start()
@@ -207,8 +219,7 @@ class AnswerPipeline:
             await self.drain(self._settings.limits.shutdown_timeout_s)
         await self.watch.close()
         await self._engine.close()
-        if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
+        self._reading.close()
 
     def show_state(self) -> None:
         """Tell telemetry, which another pipeline spoke to before, how things stand."""
@@ -216,6 +227,7 @@ class AnswerPipeline:
             ready = self.watch.is_ready(precision)
             self._telemetry.set_model_ready(precision, ready=ready)
         self._telemetry.set_serving(self._serving)
+        self._telemetry.set_guard(tripped=self.guard.tripped)
 
     @property
     def draining(self) -> bool:
@@ -303,13 +315,13 @@ class AnswerPipeline:
             DeadlineExceededError: not answered in time.
             EngineError: Triton is not there or answered nonsense.
         """
-        self._check_texts(query)
+        self._reading.check_texts(query)
         for precision in query.choice.precisions:
             self.watch.require(precision)
         with self.activity.question(), self._tracing.trace_stage("answer"):
             started = self.clock()
             with self._tracing.trace_stage("tokenize"):
-                windows = await self._split(query, deadline)
+                windows = await self._reading.split(query, deadline)
             tokenize_s = self.clock() - started
             if len(query.choice.precisions) > 1:
                 return await self._answer_both(query, windows, tokenize_s, deadline)
@@ -379,7 +391,7 @@ class AnswerPipeline:
             return await self._run(precision, query, windows, tokenize_s, deadline)
         except EngineOutputError:
             if precision is Precision.INT8:
-                self.guard.add(agreed=False)
+                self._share(Nonsense())
             raise
 
     async def _ask_again(self, sample: Sample, precision: Precision) -> Run:
@@ -393,17 +405,39 @@ class AnswerPipeline:
 
     def _note_run(self, precision: Precision, run: Run) -> None:
         self._telemetry.observe_stages(precision, run.stages)
-        self._comparison.add_single(precision, run.stages.inference)
+        self._share(Single(precision, run.stages.inference))
 
     def _note_pair(self, pair: Pair | None) -> None:
         """Keep a pair, or count one in which a side failed."""
         if pair is None:
-            self._comparison.add_error()
+            self._share(FailedPair())
             self._telemetry.count_comparison_error()
             return
-        self._comparison.add_pair(pair)
+        self._share(pair)
         self._telemetry.observe_pair(pair)
-        self.guard.add(agreed=pair.agreed)
+
+    def observe(self, seen: Observation) -> None:
+        """Take what was seen of a question into the comparison and its guard.
+
+        Where several processes serve, ``share`` has all of them call this with what
+        any of them saw, in one order: so all judge alike.
+        """
+        self._comparison.add(seen)
+        agreed = judge(seen)
+        if agreed is not None:
+            self.guard.add(agreed=agreed)
+
+    def restore(self, seen: Iterable[Observation], known: GuardReport) -> None:
+        """Take what other processes have observed before this one was there."""
+        judgements = []
+        for one in seen:
+            self._comparison.add(one)
+            agreed = judge(one)
+            if agreed is not None:
+                judgements.append(agreed)
+        self.guard.restore(judgements, known)
+        self._serving = self.serving_precision
+        self.show_state()
 
     def _on_switch(self, tripped: bool, report: GuardReport) -> None:
         self._telemetry.count_guard_switch(tripped=tripped)
@@ -430,72 +464,6 @@ class AnswerPipeline:
                 "serving_changed", before=before.value, after=self._serving.value
             )
 
-    def _check_texts(self, query: Query) -> None:
-        limits = self._settings.limits
-        for field, text, limit in (
-            ("question", query.question, limits.max_question_chars),
-            ("context", query.context, limits.max_context_chars),
-        ):
-            if not text or text.isspace():
-                raise InvalidInputError(
-                    field, f"{field} is blank; send at least one word of text"
-                )
-            if len(text) > limit:
-                raise InputTooLargeError(
-                    field,
-                    f"{field} has {len(text)} characters; allowed are {limit}. Send "
-                    f"less text, or raise INT8QA_LIMITS__MAX_{field.upper()}_CHARS",
-                )
-
-    async def _split(self, query: Query, deadline: float) -> list[Window]:
-        chars = len(query.question) + len(query.context)
-        limits = self._settings.limits
-        allowed = _PENDING_CONTEXTS * limits.max_context_chars
-        if self._pending_chars and self._pending_chars + chars > allowed:
-            raise QueueFullError(
-                f"{self._pending_chars} characters wait to be tokenized; allowed are "
-                f"{allowed}. Ask again in a second"
-            )
-        self._pending_chars += chars
-        try:
-            return await self._run_in_thread(self._split_now, query, deadline=deadline)
-        finally:
-            self._pending_chars -= chars
-
-    def _split_now(self, query: Query) -> list[Window]:
-        question = self._tokenizer.encode(query.question, field="question")
-        context = self._tokenizer.encode(query.context, field="context")
-        question_tokens = len(question)
-        if query.max_question_tokens is not None:
-            question_tokens = min(question_tokens, query.max_question_tokens)
-        room = (
-            query.max_window_tokens
-            - self._tokenizer.template.special_tokens
-            - question_tokens
-        )
-        # Counted before they are made: a stride just below the room asks for a
-        # window per token. What makes no sense at all is the reader's to refuse.
-        step = room - query.doc_stride
-        limit = self._settings.limits.max_windows
-        if step > 0 and len(context) > room:
-            windows = 1 + -(-(len(context) - room) // step)
-            if windows > limit:
-                raise InputTooLargeError(
-                    "context",
-                    f"context needs {windows} windows of {query.max_window_tokens} "
-                    f"tokens that overlap by {query.doc_stride}; allowed are {limit}. "
-                    f"Send less text, lower doc_stride, or raise "
-                    f"INT8QA_LIMITS__MAX_WINDOWS",
-                )
-        return split_tokens(
-            self._tokenizer.template,
-            question,
-            context,
-            max_window_tokens=query.max_window_tokens,
-            doc_stride=query.doc_stride,
-            max_question_tokens=query.max_question_tokens,
-        )
-
     async def _run(
         self,
         precision: Precision,
@@ -508,24 +476,8 @@ class AnswerPipeline:
         queue_s = min(result.queue_s for result in results)
         done_s = max(result.queue_s + result.inference_s for result in results)
         started = self.clock()
-
-        def decode() -> list[Span]:
-            return decode_spans(
-                query.context,
-                windows,
-                [result.start for result in results],
-                [result.end for result in results],
-                top_k=query.top_k,
-                max_answer_tokens=query.max_answer_tokens,
-                allow_no_answer=query.allow_no_answer,
-                align_to_words=query.align_to_words,
-            )
-
         with self._tracing.trace_stage("decode"):
-            if len(windows) <= _INLINE_WINDOWS:
-                spans = decode()
-            else:
-                spans = await self._run_in_thread(decode, deadline=deadline)
+            spans = await self._reading.decode(query, windows, results, deadline)
         stages = StageSeconds(
             tokenize=tokenize_s,
             queue=queue_s,
@@ -553,18 +505,3 @@ class AnswerPipeline:
                 failure=describe_exception(error),
             )
             raise
-
-    async def _run_in_thread(
-        self, work: Callable[..., T], *arguments: object, deadline: float
-    ) -> T:
-        """Run blocking work in a thread; a caller that leaves does not stop it."""
-        future = asyncio.get_running_loop().run_in_executor(
-            self._threads, work, *arguments
-        )
-        try:
-            return await finish_within(future, deadline - self.clock())
-        except asyncio.TimeoutError:
-            raise DeadlineExceededError(
-                "the text was not tokenized or decoded before the deadline; send less "
-                "text, or raise INT8QA_LIMITS__REQUEST_TIMEOUT_S"
-            ) from None

@@ -41,6 +41,7 @@ class Query:
     doc_stride: int
     allow_no_answer: bool
     max_window_tokens: int
+    null_score_diff_threshold: float = 0.0
     max_question_tokens: int | None = None
     align_to_words: bool = True
     request_id: str = ""

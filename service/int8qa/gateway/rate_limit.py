@@ -23,10 +23,7 @@ class TokenBucket:
 
     def take(self) -> float:
         """Take one token: 0.0, or the seconds until there is one, and none taken."""
-        now_s = self._clock()
-        gained = max(0.0, now_s - self._seen_s) * self.rate_per_s
-        self._tokens = min(self.capacity, self._tokens + gained)
-        self._seen_s = now_s
+        self._fill()
         # As many rounded sums as one likes; a token short by 1e-9 is there.
         if self._tokens >= 1 - 1e-9:
             self._tokens -= 1
@@ -35,4 +32,11 @@ class TokenBucket:
 
     def charge(self, tokens: int) -> None:
         """Take tokens that are gone already, if need be as a debt."""
+        self._fill()
         self._tokens -= tokens
+
+    def _fill(self) -> None:
+        now_s = self._clock()
+        gained = max(0.0, now_s - self._seen_s) * self.rate_per_s
+        self._tokens = min(self.capacity, self._tokens + gained)
+        self._seen_s = now_s

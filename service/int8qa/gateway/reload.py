@@ -2,6 +2,7 @@
 
 In: a model repository that was built anew, and the word to look. Out: a gateway that
 serves it, in one assignment; or the old one, unharmed, and a log line that says why.
+Of several gateway processes all change over, or none: that is asked of ``Consent``.
 Contract, tokenizer, batchers and models change together: a request stays with the
 gateway it came to, to its end. Knows neither HTTP nor Triton.
 """
@@ -51,6 +52,33 @@ class _State(Protocol):
     gateway: Gateway
 
 
+class Consent:
+    """What a gateway process has to ask of others; this one is alone."""
+
+    def want_reload(self, begin: Callable[[], None]) -> None:
+        """Reload everywhere: call ``begin`` here, now or when it is our turn."""
+        begin()
+
+    async def read_build(self, repository: Path) -> tuple[Contract, ReaderTokenizer]:
+        """What is to be served."""
+        return await asyncio.to_thread(_read_build, repository)
+
+    async def agree(self, gateway: Gateway | None) -> None:
+        """Return once all have prepared it; None: here it serves already.
+
+        Raises:
+            ContractError: one of them could not.
+        """
+
+    def refuse(self, reason: str) -> None:
+        """It cannot be prepared here."""
+
+    async def may_unload(self, build_id: str) -> bool:
+        """Return once all have drained a former build; whether we unload it."""
+        del build_id
+        return True
+
+
 class Reloader:
     """Replaces ``state.gateway`` by one for what the model repository holds now."""
 
@@ -61,6 +89,7 @@ class Reloader:
         *,
         open_engine: Callable[[Contract], Engine] | None,
         open_gateway: Callable[[Contract, ReaderTokenizer, Engine], Gateway],
+        consent: Consent | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare; nothing is read yet.
@@ -70,12 +99,14 @@ class Reloader:
             engine: of that gateway.
             open_engine: an engine for another build; None: there can be none.
             open_gateway: puts a gateway around it; refuses what does not fit.
+            consent: of other processes; None: there are none.
             clock: monotonic seconds.
         """
         self._state = state
         self._engine = engine
         self._open_engine = open_engine
         self._open_gateway = open_gateway
+        self._consent = consent or Consent()
         self._clock = clock
         self._running: asyncio.Task[None] | None = None
         self._again = False
@@ -90,7 +121,11 @@ class Reloader:
         return self._state.gateway
 
     def request(self) -> None:
-        """Reload soon; where a reload runs, once more after it."""
+        """Reload soon, in all processes; where a reload runs, once more after it."""
+        self._consent.want_reload(self.begin)
+
+    def begin(self) -> None:
+        """Reload in this process."""
         if self._closed:
             return
         if self._running is not None and not self._running.done():
@@ -104,6 +139,7 @@ class Reloader:
         if self._open_engine is None or running:
             return
         if self._clock() - self._tried_s >= _RETRY_S:
+            self._tried_s = self._clock()
             self.request()
 
     async def wait_idle(self) -> None:
@@ -130,12 +166,14 @@ class Reloader:
             try:
                 await self._reload()
             except Int8qaError as error:
+                self._consent.refuse(str(error))
                 self._log.error(
                     "reload_failed",
                     reason=str(error),
                     serving=self.current.contract.build_id,
                 )
             except Exception as error:  # noqa: BLE001 - the gateway outlives it
+                self._consent.refuse(f"{type(error).__name__}; the log has more")
                 self._log.error(
                     "reload_failed",
                     failure=describe_exception(error),
@@ -147,9 +185,10 @@ class Reloader:
     async def _reload(self) -> None:
         before, engine_before = self.current, self._engine
         repository = before.settings.model_repository
-        contract, tokenizer = await asyncio.to_thread(_read_build, repository)
+        contract, tokenizer = await self._consent.read_build(repository)
         unchanged = contract == before.contract
         if unchanged and not before.pipeline.watch.faults():
+            await self._consent.agree(None)
             self._log.info("reload_unneeded", build_id=contract.build_id)
             return
         if self._open_engine is None:
@@ -170,6 +209,7 @@ class Reloader:
                 await self._ensure_loaded(precision, contract, engine, loaded)
             await gateway.pipeline.start()
             await _wait_ready(gateway.pipeline)
+            await self._consent.agree(gateway)
         except BaseException:
             before.telemetry.set_serving(before.pipeline.serving_precision)
             for precision in loaded:
@@ -222,6 +262,8 @@ class Reloader:
         contract = gateway.contract
         try:
             await gateway.pipeline.drain(limits.request_timeout_s + _DRAIN_MARGIN_S)
+            if not await self._consent.may_unload(contract.build_id):
+                return
             await asyncio.sleep(LINGER_S)
             serving = self.current.contract
             kept = {serving.triton_name(precision) for precision in serving.models}

@@ -23,6 +23,7 @@ from int8qa.errors import (
 )
 from int8qa.gateway import schemas
 from int8qa.gateway.bodies import read_model
+from int8qa.gateway.direct import DirectRoute
 from int8qa.gateway.edge import run_until_gone
 from int8qa.gateway.openapi import describe_body, describe_responses
 from int8qa.gateway.problems import (
@@ -72,7 +73,7 @@ RequestTimeout = Annotated[
     ),
 ]
 
-router = APIRouter()
+router = APIRouter(route_class=DirectRoute)
 
 
 # Questions.
@@ -199,6 +200,7 @@ def build_query(
         max_answer_tokens=body.max_answer_tokens,
         doc_stride=body.doc_stride,
         allow_no_answer=body.allow_no_answer,
+        null_score_diff_threshold=body.null_score_diff_threshold,
         max_window_tokens=gateway.contract.max_window_tokens,
         request_id=request_id,
     )

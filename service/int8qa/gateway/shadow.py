@@ -21,7 +21,7 @@ from typing import Literal, Protocol
 from int8qa.contract import Precision
 from int8qa.errors import Int8qaError, OverloadedError
 from int8qa.gateway.activity import Activity
-from int8qa.gateway.comparison import Pair, build_pair
+from int8qa.gateway.comparison import Pair, ShadowReport, build_pair
 from int8qa.gateway.logs import describe_exception, get_logger
 from int8qa.gateway.query import PAIR, Query, Run
 from int8qa.gateway.telemetry import SKIP_REASONS
@@ -78,18 +78,6 @@ class ShadowObserver(Protocol):
 
     def on_replay(self, busy_s: float) -> None:
         """So much wall time went into one precision's replay."""
-
-
-@dataclass(frozen=True, slots=True)
-class ShadowReport:
-    """What was replayed since start."""
-
-    replayed: int
-    waiting: int
-    skipped: dict[str, int]
-    disturbed: int
-    spent_share: float
-    """Share of the wall time since start that went into replays, 0 to 1."""
 
 
 class CapacityBudget:
@@ -271,7 +259,9 @@ class Shadow:
             arrivals, started_s = self._activity.arrivals, self._clock()
             self._busy = True
             try:
-                runs[precision] = await self._ask(sample, precision)
+                with self._activity.replay() as alone:
+                    undisturbed &= alone
+                    runs[precision] = await self._ask(sample, precision)
             finally:
                 self._busy = False
                 now_s = self._clock()

@@ -1,7 +1,8 @@
 """Routes that say what is served, how well, and whether: for people and probes.
 
 In: GET requests. Out: the comparison, the models, liveness, readiness, metrics. Nothing
-here waits for an engine.
+here waits for an engine. Of several gateway processes whichever answers speaks for all;
+of liveness and readiness, for itself.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from int8qa.gateway.comparison import (
     Pair,
     PairedAnswer,
     Percentiles,
+    ShadowReport,
 )
+from int8qa.gateway.merging import MergedRegistry, ProcessState, merge_states
 from int8qa.gateway.openapi import describe_responses
 from int8qa.gateway.problems import FieldFault, Problem, ProblemKind
 from int8qa.gateway.reload import Gateway
@@ -39,7 +42,11 @@ async def get_comparison(request: Request) -> Response:
     Pairs come from requests with `precision: both`, and from a share of all answered
     questions that is asked again in quiet moments.
     """
-    return JsonResponse(dump_comparison(get_gateway(request)))
+    gateway = get_gateway(request)
+    merged = await _gather(request)
+    if merged is None:
+        return JsonResponse(dump_comparison(gateway, gateway.pipeline.shadow.report()))
+    return JsonResponse(dump_comparison(gateway, merged.shadow))
 
 
 @router.get(
@@ -125,21 +132,29 @@ async def get_ready(request: Request) -> Response:
     },
 )
 async def get_metrics(request: Request) -> Response:
-    """The gateway's metrics; Triton has its own.
+    """The gateway's metrics, of all its processes; Triton has its own.
 
     As OpenMetrics, with exemplars, where `Accept` asks for it.
     """
     accept = request.headers.get("accept", "")
-    body, media_type = get_gateway(request).telemetry.render(accept)
+    merged = await _gather(request)
+    registry = None if merged is None else MergedRegistry(merged.metrics)
+    body, media_type = get_gateway(request).telemetry.render(accept, registry)
     return Response(body, media_type=media_type)
 
 
-def dump_comparison(gateway: Gateway) -> dict[str, Any]:
+async def _gather(request: Request) -> ProcessState | None:
+    """All gateway processes together; None where there is one."""
+    crew = request.app.state.crew
+    return None if crew is None else merge_states(await crew.gather())
+
+
+def dump_comparison(gateway: Gateway, shadow: ShadowReport) -> dict[str, Any]:
     """The body of ``ComparisonReport``."""
     comparison, pipeline = gateway.comparison, gateway.pipeline
     settings = gateway.settings.comparison
     pairs = comparison.report_pairs()
-    shadow, guard = pipeline.shadow.report(), pipeline.guard.report()
+    guard = pipeline.guard.report()
     now_s = pipeline.clock()
     return {
         "window": comparison.size,

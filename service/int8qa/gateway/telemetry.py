@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from prometheus_client import (
     CollectorRegistry,
@@ -23,6 +23,7 @@ from prometheus_client import (
 from prometheus_client.exposition import choose_encoder
 
 from int8qa.contract import Contract, Precision
+from int8qa.gateway.merging import MergedRegistry
 
 if TYPE_CHECKING:
     from int8qa.gateway.comparison import ComparisonWindow, Pair
@@ -96,10 +97,27 @@ class RequestRecord:
     """For the log: what went wrong on our side, without a text of a user."""
 
 
+class _BatchMetrics(NamedTuple):
+    """Those of one precision's batches."""
+
+    windows: Histogram
+    padding_ratio: Histogram
+    tokens: Counter
+    padding_tokens: Counter
+
+
 class Telemetry:
     """The metrics of one application; also the batchers' observer."""
 
-    def __init__(self, contract: Contract) -> None:
+    def __init__(self, contract: Contract, *, leads: bool = True) -> None:
+        """Declare them.
+
+        Args:
+            contract: of what is served.
+            leads: whether to count what all gateway processes do alike, and at once:
+                one of them does.
+        """
+        self._leads = leads
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
@@ -272,6 +290,9 @@ class Telemetry:
         )
         self._key_file_sound.set(1)
         self._queued: dict[Precision, int] = {}
+        self._requests: dict[tuple[str, str, str], Histogram] = {}
+        self._stages: dict[Precision, tuple[tuple[str, Histogram], ...]] = {}
+        self._batches: dict[Precision, _BatchMetrics] = {}
 
         self._comparison_speedup_ratio.set(float("nan"))
         self._comparison_agreement_ratio.set(float("nan"))
@@ -308,12 +329,17 @@ class Telemetry:
                 self._model_f1.labels(precision.value).set(model.f1)
             self._model_ready.labels(precision.value).set(0)
             self._diversions_total.labels(precision.value)
-            for stage in STAGES:
-                self._stage_seconds.labels(stage, precision.value)
-            self._batch_windows.labels(precision.value)
-            self._batch_padding_ratio.labels(precision.value)
-            self._batch_tokens_total.labels(precision.value)
-            self._batch_padding_tokens_total.labels(precision.value)
+            # Kept: looking a child up by its labels costs more than observing.
+            self._stages[precision] = tuple(
+                (stage, self._stage_seconds.labels(stage, precision.value))
+                for stage in STAGES
+            )
+            self._batches[precision] = _BatchMetrics(
+                self._batch_windows.labels(precision.value),
+                self._batch_padding_ratio.labels(precision.value),
+                self._batch_tokens_total.labels(precision.value),
+                self._batch_padding_tokens_total.labels(precision.value),
+            )
 
     def declare_reasons(self, reasons: frozenset[str]) -> None:
         """Show every reason for a refusal from the start, at zero."""
@@ -329,12 +355,11 @@ class Telemetry:
     def on_batch(
         self, precision: Precision, windows: int, tokens: int, padding_tokens: int
     ) -> None:
-        self._batch_windows.labels(precision.value).observe(windows)
-        self._batch_padding_ratio.labels(precision.value).observe(
-            padding_tokens / tokens
-        )
-        self._batch_tokens_total.labels(precision.value).inc(tokens)
-        self._batch_padding_tokens_total.labels(precision.value).inc(padding_tokens)
+        batches = self._batches[precision]
+        batches.windows.observe(windows)
+        batches.padding_ratio.observe(padding_tokens / tokens)
+        batches.tokens.inc(tokens)
+        batches.padding_tokens.inc(padding_tokens)
 
     # The shadow's observer.
 
@@ -347,15 +372,15 @@ class Telemetry:
     # The edges of a request.
 
     def observe_request(self, record: RequestRecord, seconds: float) -> None:
-        self._request_seconds.labels(
-            record.route, record.precision, record.outcome
-        ).observe(seconds)
+        labels = record.route, record.precision, record.outcome
+        histogram = self._requests.get(labels)
+        if histogram is None:
+            histogram = self._requests[labels] = self._request_seconds.labels(*labels)
+        histogram.observe(seconds)
 
     def observe_stages(self, precision: Precision, stages: StageSeconds) -> None:
-        for stage in STAGES:
-            self._stage_seconds.labels(stage, precision.value).observe(
-                getattr(stages, stage)
-            )
+        for stage, histogram in self._stages[precision]:
+            histogram.observe(getattr(stages, stage))
 
     def observe_pair(self, pair: Pair) -> None:
         self._comparisons_total.labels("same" if pair.agreed else "different").inc()
@@ -377,8 +402,12 @@ class Telemetry:
 
     def count_guard_switch(self, *, tripped: bool) -> None:
         fit = Precision.FP16 if tripped else Precision.INT8
+        self.set_guard(tripped=tripped)
+        if self._leads:
+            self._guard_switches_total.labels(fit.value).inc()
+
+    def set_guard(self, *, tripped: bool) -> None:
         self._guard_tripped.set(1 if tripped else 0)
-        self._guard_switches_total.labels(fit.value).inc()
 
     def set_serving(self, serving: Precision) -> None:
         for precision in self._precisions:
@@ -389,7 +418,8 @@ class Telemetry:
         self._tritons.labels(precision.value, "left_out").set(left_out)
 
     def count_diversion(self, serving: Precision) -> None:
-        self._diversions_total.labels(serving.value).inc()
+        if self._leads:
+            self._diversions_total.labels(serving.value).inc()
 
     def set_guard_threshold(self, agreement: float) -> None:
         self._guard_agreement_threshold.set(agreement)
@@ -425,10 +455,12 @@ class Telemetry:
         show(self._comparison_speedup_ratio, window.speedup)
         show(self._comparison_agreement_ratio, window.agreement)
 
-    def render(self, accept: str = "") -> tuple[bytes, str]:
+    def render(
+        self, accept: str = "", merged: MergedRegistry | None = None
+    ) -> tuple[bytes, str]:
         """The metrics and their media type: OpenMetrics where ``accept`` asks for it.
 
-        Only OpenMetrics has exemplars.
+        Only OpenMetrics has exemplars. ``merged``: of all processes, instead of ours.
         """
         encode, media_type = choose_encoder(accept)
-        return encode(self.registry), media_type
+        return encode(merged or self.registry), media_type

@@ -18,6 +18,7 @@ from tritonclient.grpc import aio as triton_grpc
 from tritonclient.utils import InferenceServerException
 
 from int8qa.contract import (
+    ALONE_PARAMETER,
     BUILD_ID_PARAMETER,
     CONTROL_HEADER,
     END_LOGITS,
@@ -35,7 +36,7 @@ from int8qa.errors import (
     Int8qaError,
     ModelLoadError,
 )
-from int8qa.gateway.batcher import BatchLogits, PaddedBatch
+from int8qa.gateway.tensors import BatchLogits, PaddedBatch
 from int8qa.gateway.tracing import NO_TRACING, Tracing
 
 PROBE_TIMEOUT_S = 2.0
@@ -252,11 +253,12 @@ class TritonEngine:
                     triton_grpc.InferRequestedOutput(START_LOGITS),
                     triton_grpc.InferRequestedOutput(END_LOGITS),
                 ],
-                # Triton rejects what is still in its queue by then, instead of working
-                # for nobody. 0 would mean its default.
+                # For a queue with a policy of the operator's; ours has none, and drops
+                # what gRPC's deadline cancels. 0 would mean its default.
                 timeout=None if timeout_s is None else max(1, int(timeout_s * 1e6)),
                 client_timeout=timeout_s,
                 headers=metadata,
+                parameters={ALONE_PARAMETER: True} if batch.alone else None,
             )
             start = result.as_numpy(START_LOGITS)
             end = result.as_numpy(END_LOGITS)

@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 from int8qa.contract import Contract, Precision
 from int8qa.errors import EngineUnavailableError
-from int8qa.gateway.batcher import BatchLogits, PaddedBatch
 from int8qa.gateway.engine import Engine
 from int8qa.gateway.logs import get_logger
+from int8qa.gateway.tensors import BatchLogits, PaddedBatch
 from int8qa.gateway.tracing import NO_TRACING, Tracing
 from int8qa.gateway.triton import CHANNEL_ARGUMENTS, TritonEngine
 from int8qa.gateway.triton_addresses import DNS_SCHEME, build_target, names_several

@@ -11,6 +11,7 @@ into the question is no place for an answer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,7 @@ def decode_spans(
     top_k: int = 1,
     max_answer_tokens: int = MAX_ANSWER_TOKENS,
     allow_no_answer: bool = False,
+    null_score_diff_threshold: float = 0.0,
     align_to_words: bool = True,
 ) -> list[Span]:
     """Decode the best answers of one request.
@@ -69,6 +71,10 @@ def decode_spans(
         max_answer_tokens: longest answer in tokens, 1 or more.
         allow_no_answer: also rank the null answer, text "" at [0, 0), scored by its
             lowest probability over all windows.
+        null_score_diff_threshold: how far log(score) of the null answer must exceed
+            an answer's to rank before it; below 0 it may even trail. Scores stay as
+            they are. At 0 the source's ranking; otherwise that of transformers'
+            ``run_qa.py --version_2_with_negative``.
         align_to_words: widen answers to whole words.
 
     Returns:
@@ -119,8 +125,12 @@ def decode_spans(
         answers.append(Span("", 0, 0, null_score))
     elif not answers:
         answers.append(Span("", 0, 0, 0.0))
+    handicap = math.exp(-null_score_diff_threshold)
     # The sort is stable: of equal scores the first found stays first.
-    answers.sort(key=lambda answer: answer.score, reverse=True)
+    answers.sort(
+        key=lambda answer: answer.score * (handicap if answer.is_null else 1.0),
+        reverse=True,
+    )
     return answers[:top_k]
 
 

@@ -29,6 +29,10 @@ PAD_TOKENS = ("[PAD]", "<pad>")
 """Padding tokens looked for when the file itself names none."""
 
 _PROBE = ("a", "b")
+_SHORT_CHARS = 4_000
+"""Up to so many are encoded in the calling thread with the GIL held, about a
+millisecond. Of longer ones that would stop every other thread; ``encode_batch``
+releases the GIL, but hands even a single text to a thread pool."""
 _PART = 8192
 """Numbers turned into an array at a time."""
 
@@ -107,12 +111,19 @@ class ReaderTokenizer:
                 f"cannot read the tokenizer {tokenizer_json}: {error.strerror}. Point "
                 f"to a checkpoint directory that holds a tokenizer.json"
             ) from error
+        return cls.from_bytes(data, str(tokenizer_json), pad_token=pad_token)
+
+    @classmethod
+    def from_bytes(
+        cls, data: bytes, source: str, *, pad_token: str | None = None
+    ) -> ReaderTokenizer:
+        """As ``from_file``, of a file's content; ``source`` is its name in errors."""
         try:
             tokenizer = Tokenizer.from_buffer(data)
         # The Rust library raises bare Exception for every fault of a file.
         except Exception as error:
             raise CheckpointError(
-                f"{tokenizer_json} is no tokenizer.json that the tokenizers library "
+                f"{source} is no tokenizer.json that the tokenizers library "
                 f"reads: {error}"
             ) from error
         pad_id = _find_pad_id(tokenizer, pad_token)
@@ -129,9 +140,10 @@ class ReaderTokenizer:
             InvalidInputError: ``text`` holds lone surrogates; names ``field``.
         """
         _check_encodable(text, field)
-        # Only `encode_batch` releases the GIL: `encode` would stop every other thread
-        # for as long as a long text takes.
-        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
+        if len(text) <= _SHORT_CHARS:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        else:
+            (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
         return _to_arrays(encoding)
 
     def encode_batch(

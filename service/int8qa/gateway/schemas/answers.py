@@ -17,6 +17,7 @@ from int8qa.gateway.schemas.base import (
     EXAMPLE_TIMING,
     MAX_ANSWER_TOKENS,
     MAX_DOC_STRIDE,
+    MAX_NULL_SCORE_DIFF,
     MAX_TOP_K,
     Body,
     Reply,
@@ -84,6 +85,16 @@ class AnswerRequest(Body):
         default=False,
         description="also weigh the answer that the context holds none",
         examples=[False],
+    )
+    null_score_diff_threshold: float = Field(
+        default=0.0,
+        ge=-MAX_NULL_SCORE_DIFF,
+        le=MAX_NULL_SCORE_DIFF,
+        allow_inf_nan=False,
+        description="with `allow_no_answer`: how far the natural logarithm of the null "
+        "answer's score must exceed that of the best other to win; below 0 the reader "
+        "abstains sooner. Choose it on questions of your own",
+        examples=[0.0],
     )
 
 

@@ -11,6 +11,7 @@ from pydantic.config import JsonDict
 MAX_TOP_K = 100
 MAX_ANSWER_TOKENS = 512
 MAX_DOC_STRIDE = 4096
+MAX_NULL_SCORE_DIFF = 50.0  # logits rarely differ by more
 
 EXAMPLE_CONTEXT = (
     "The harbour committee met on 14 March 2024. Ingrid Sørensen presented the new "
