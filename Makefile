@@ -2,9 +2,10 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
-# Two processes share the tests; those of whole services have the machine to themselves.
+# Two processes share the tests, file by file as listed (by default those of few tests come
+# last, however long); those of whole services have the machine to themselves.
 PYTEST := $(BIN)/python -m pytest
-SHARED := -n 2 --dist loadfile --ignore tests/integration
+SHARED := -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/integration
 
 .DEFAULT_GOAL := help
 .PHONY: help install up test test-all check gpu-check bench golden lock settings boards compose-test soak audit sbom clean
@@ -27,8 +28,8 @@ test-all: install ## all tests; plans are built if tensorrt-rtx is installed
 	@$(PYTEST) tests/integration
 
 check: install ## formatting, lint, types, import rules, generated docs
-	@$(BIN)/ruff format --check service tests scripts deploy
-	@$(BIN)/ruff check service tests scripts deploy
+	@$(BIN)/ruff format --check service tests scripts deploy bench
+	@$(BIN)/ruff check service tests scripts deploy bench
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/python scripts/generate_settings_table.py --check
@@ -36,6 +37,7 @@ check: install ## formatting, lint, types, import rules, generated docs
 	@$(BIN)/python deploy/kubernetes/generate_rules.py --check
 	@$(BIN)/python -m pytest -q tests/deploy/test_rendering.py
 	@$(BIN)/python scripts/list_licenses.py --check
+	@$(BIN)/python bench/generate_table.py --check
 
 audit: install ## the lock held to the database of known vulnerabilities
 	@$(BIN)/python scripts/supply_chain.py audit
@@ -52,8 +54,10 @@ compose-test: ## build and run the whole stack of docker-compose.yml (needs a Do
 gpu-check: install ## build, serve and measure on this NVIDIA GPU; one report file
 	@$(BIN)/int8qa gpu-check
 
-bench: install ## the engines over batch and length, on this machine; the service: int8qa bench gateway
-	@$(BIN)/int8qa bench engine
+bench: install ## the README's table: the engine alone, int8qa and its peers in turns (DATA=… LIMIT=…)
+	@test -e model_repository/contract.json || $(BIN)/int8qa build
+	@$(BIN)/int8qa bench peers $(if $(DATA),--data $(DATA)) $(if $(LIMIT),--limit $(LIMIT))
+	@$(BIN)/python bench/generate_table.py
 
 golden: install ## remake the reader's golden answers, with transformers 5.2 in an environment of its own
 	@test -x .venv-golden/bin/python || $(BIN)/python -m venv .venv-golden
