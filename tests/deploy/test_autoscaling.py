@@ -95,12 +95,16 @@ def build_series(
     return series
 
 
-def test_a_merged_batch_counts_once(ask: Any) -> None:
-    """Triton adds a batch's time for each of its requests; the engine worked once."""
-    trigger = list_triggers(load_golden("cpu"), "int8qa-triton")["busy-engines"]
+@pytest.mark.parametrize(("overlay", "pods"), [("cpu", 1), ("gpu", 2)])
+def test_a_merged_batch_counts_once(ask: Any, overlay: str, pods: int) -> None:
+    """Triton adds a batch's time for each of its requests; the engine worked once.
+
+    One instance at work is all that a Triton has on a GPU, and half on CPUs.
+    """
+    trigger = list_triggers(load_golden(overlay), "int8qa-triton")["busy-engines"]
     series = build_series(compute_s=0.1, batches=5)
     ask(trigger["query"], series, 1.0)
-    assert count_pods(trigger, 1.0) == 2
+    assert count_pods(trigger, 1.0) == pods
 
 
 def test_waiting_counts_wherever_it_happens(ask: Any) -> None:

@@ -230,7 +230,7 @@ class Engine:
             "longest": max(padded) == s,
             "bucket": self.mixes or min(padded) == s,
             "in flight": len(self.open) <= self.max_in_flight,
-            "alone": not batch.alone or len(self.open) == 1,
+            "beside": batch.beside == len(self.open) - 1,
             "sent twice": self.seen.isdisjoint(call.idents),
         }
         self.seen.update(call.idents)
@@ -370,7 +370,7 @@ async def test_line_2_oldest_arrival_counts_even_after_its_turn():
 
 
 @in_virtual_time
-async def test_line_2_engine_knows_what_is_alone():
+async def test_line_2_engine_knows_what_is_beside_a_batch():
     """A batch that leaves while nothing is in the engine may have all of it."""
     async with Rig() as rig:
         for _ in range(2):
@@ -378,7 +378,7 @@ async def test_line_2_engine_knows_what_is_alone():
             rig.submit(20)
             await asyncio.sleep(1)
             await rig.answer_all()
-        assert [call.batch.alone for call in rig.engine.calls] == [True, False] * 2
+        assert [call.batch.beside for call in rig.engine.calls] == [0, 1] * 2
 
 
 @in_virtual_time

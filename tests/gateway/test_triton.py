@@ -112,8 +112,11 @@ async def run_triton(triton: FakeTriton, port: int = 0) -> AsyncIterator[int]:
 
 
 @contextlib.asynccontextmanager
-async def connect(port: int, tokenizer) -> AsyncIterator[TritonEngine]:
-    engine = TritonEngine(f"127.0.0.1:{port}", build_contract(tokenizer))
+async def connect(
+    port: int, tokenizer, servers: int = 1
+) -> AsyncIterator[TritonEngine]:
+    contract = build_contract(tokenizer)
+    engine = TritonEngine(f"127.0.0.1:{port}", contract, servers=servers)
     await engine.connect()
     try:
         yield engine
@@ -142,17 +145,17 @@ async def test_batch_goes_there_and_back(tokenizer):
     assert {tuple(tensor.shape) for tensor in request.inputs} == {(2, 32)}
 
 
-@pytest.mark.parametrize("alone", [True, False])
-async def test_triton_knows_who_is_alone(tokenizer, alone: bool):
-    """A batch that may have all cores says so, any other says nothing."""
+@pytest.mark.parametrize("servers", [1, 3])
+async def test_triton_knows_who_is_alone(tokenizer, servers: int):
+    """A batch that may have all of its Triton's cores says so, others say nothing."""
     triton = FakeTriton()
-    async with run_triton(triton) as port, connect(port, tokenizer) as engine:
-        batch = dataclasses.replace(build_batch(), alone=alone)
-        await engine.infer(Precision.INT8, batch, None)
-    (request,) = triton.seen
-    assert (ALONE_PARAMETER in request.parameters) is alone
-    if alone:
-        assert request.parameters[ALONE_PARAMETER].bool_param
+    async with run_triton(triton) as port, connect(port, tokenizer, servers) as engine:
+        for beside in range(4):
+            batch = dataclasses.replace(build_batch(), beside=beside)
+            await engine.infer(Precision.INT8, batch, None)
+    alone = [request.parameters.get(ALONE_PARAMETER) for request in triton.seen]
+    assert all(parameter.bool_param for parameter in alone[:servers])
+    assert alone[servers:] == [None] * (4 - servers)
 
 
 async def test_metadata_is_held_to_the_contract(tokenizer):

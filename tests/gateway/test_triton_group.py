@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import socket
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from int8qa.contract import Contract, Precision
+from int8qa.contract import ALONE_PARAMETER, Contract, Precision
 from int8qa.errors import (
     EngineOutputError,
     EngineUnavailableError,
@@ -185,6 +186,20 @@ async def test_batches_go_round(tokenizer):
             await group.infer(Precision.FP16, build_batch(), ENOUGH_S)
         assert await group.ready(Precision.FP16)
         await group.infer(Precision.FP16, build_batch(), ENOUGH_S)
+
+
+async def test_a_batch_is_alone_while_there_are_as_many_tritons(tokenizer):
+    """Turns give each of three a batch of its own; the fourth shares a Triton's cores."""
+    async with run_tritons() as servers, connect(tokenizer, servers) as group:
+        await ask_until_each_answers(group, servers)
+        for server in servers:
+            server.seen.clear()
+        for beside in range(4):
+            batch = dataclasses.replace(build_batch(), beside=beside)
+            await group.infer(INT8, batch, ENOUGH_S)
+    seen = [request for server in servers for request in server.seen]
+    assert sum(ALONE_PARAMETER in request.parameters for request in seen) == 3
+    assert len(seen) == 4
 
 
 async def test_killed_triton_costs_a_retry(tokenizer):

@@ -36,7 +36,7 @@ from int8qa.settings import EmbeddedSettings
 
 TRITONS = 3
 GATEWAYS = 2
-BATCHES_PER_TRITON = 2
+BATCHES_PER_TRITON = 3
 """In flight, from each gateway. Source: docs/scaling.md."""
 _SERVER_PROCESS_NAME = "tritonserver"
 

@@ -54,8 +54,8 @@ class _Flight:
     requests: list[Submission]
     work: float
     dispatched_s: float
-    alone: bool
-    """Nothing else was in the engine when it left."""
+    beside: int
+    """Others in the engine when it left."""
     orphaned: bool = False
 
 
@@ -128,8 +128,7 @@ class Flights:
     def send(self, batch: Batch[Submission]) -> None:
         """Start a batch on its way; whatever becomes of it, its requests hear of it."""
         requests = [request for request, _ in batch.rows]
-        alone = not self.occupied
-        flight = _Flight(requests, batch.work, self._clock(), alone)
+        flight = _Flight(requests, batch.work, self._clock(), self.occupied)
         task = asyncio.create_task(self._run(batch, flight))
         self._flights[task] = flight
         task.add_done_callback(self._land)
@@ -156,7 +155,7 @@ class Flights:
         failure: type[Int8qaError] = EngineUnavailableError
         rows = batch.rows
         try:
-            padded = self._assemble(batch, alone=flight.alone)
+            padded = self._assemble(batch, flight.beside)
             deadline_s = max(request.deadline_s for request, _ in rows)
             dispatched_s = self._clock()
             with self._tracing.trace_batch(
@@ -200,9 +199,11 @@ class Flights:
             rest_s = self._pace.estimate_s(flight.work) - spent_s
             await asyncio.sleep(min(max(rest_s, 0.0), MAX_HOLD_S))
 
-    def _assemble(self, batch: Batch[Submission], *, alone: bool) -> PaddedBatch:
+    def _assemble(self, batch: Batch[Submission], beside: int) -> PaddedBatch:
         windows = [request.windows[index] for request, index in batch.rows]
-        padded = assemble_batch(windows, batch.length, self._pad_token_id, alone=alone)
+        padded = assemble_batch(
+            windows, batch.length, self._pad_token_id, beside=beside
+        )
         if self._observer is not None:
             tokens = padded.input_ids.size
             padding_tokens = tokens - sum(map(len, windows))

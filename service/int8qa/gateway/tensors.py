@@ -23,8 +23,8 @@ class PaddedBatch:
     input_ids: NDArray[np.int32]  # [B, S], ``pad_token_id`` behind each window
     attention_mask: NDArray[np.int32]  # [B, S], 1 on a window's own tokens
     token_type_ids: NDArray[np.int32]  # [B, S]
-    alone: bool = False
-    """No other batch of this gateway is in the engine: it may use all cores."""
+    beside: int = 0
+    """Batches of this gateway that were in the engine when this one left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class BatchLogits:
 
 
 def assemble_batch(
-    windows: Sequence[Window], length: int, pad_token_id: int, *, alone: bool = False
+    windows: Sequence[Window], length: int, pad_token_id: int, *, beside: int = 0
 ) -> PaddedBatch:
     """Pad ``windows``, none of them longer, to ``length`` tokens."""
     shape = (len(windows), length)
@@ -48,7 +48,7 @@ def assemble_batch(
         input_ids[row, :own] = window.input_ids
         attention_mask[row, :own] = 1
         token_type_ids[row, :own] = window.token_type_ids
-    return PaddedBatch(input_ids, attention_mask, token_type_ids, alone)
+    return PaddedBatch(input_ids, attention_mask, token_type_ids, beside)
 
 
 def check_shapes(logits: BatchLogits, expected: tuple[int, ...]) -> None:

@@ -110,6 +110,7 @@ class TritonEngine:
         tracing: Tracing = NO_TRACING,
         target: str | None = None,
         channel_arguments: Sequence[tuple[str, int | str]] = CHANNEL_ARGUMENTS,
+        servers: int = 1,
     ) -> None:
         """Prepare; ``connect`` opens the channel.
 
@@ -120,10 +121,13 @@ class TritonEngine:
             tracing: of the process.
             target: what gRPC is to connect to, where that is not ``url``.
             channel_arguments: gRPC's.
+            servers: Tritons that the channel leads to. With a batch for each, none has
+                more than one, which then may use all of its cores.
         """
         self._url = url
         self._target = target or url
         self._channel_arguments = list(channel_arguments)
+        self._servers = servers
         self._contract = contract
         self._control_headers = (
             {_GRPC_CONTROL_HEADER: control_key} if control_key else None
@@ -258,7 +262,9 @@ class TritonEngine:
                 timeout=None if timeout_s is None else max(1, int(timeout_s * 1e6)),
                 client_timeout=timeout_s,
                 headers=metadata,
-                parameters={ALONE_PARAMETER: True} if batch.alone else None,
+                parameters=(
+                    {ALONE_PARAMETER: True} if batch.beside < self._servers else None
+                ),
             )
             start = result.as_numpy(START_LOGITS)
             end = result.as_numpy(END_LOGITS)

@@ -291,6 +291,7 @@ class TritonGroup:
                 tracing=self._tracing,
                 target=build_target(found.serving),
                 channel_arguments=_BALANCED_ARGUMENTS,
+                servers=len(found.serving),
             )
             await engine.connect()
             self._routes[precision] = _Route(engine, found.serving)
