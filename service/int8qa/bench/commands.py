@@ -1,4 +1,4 @@
-"""The commands ``bench gateway``, ``engine``, ``soak``, ``rehearsal``; see peers.
+"""The commands ``bench gateway``, ``engine``, ``documents``, ``soak``, ``rehearsal``.
 
 In: arguments. Out: a table or JSON on standard output, progress on standard error, and
 a directory with the report. Heavy imports wait until a command runs.
@@ -46,6 +46,7 @@ def add_bench_commands(app: typer.Typer) -> None:
     )
     bench.command("gateway")(bench_gateway)
     bench.command("engine")(bench_engine)
+    bench.command("documents")(bench_documents)
     bench.command("soak")(bench_soak)
     bench.command("rehearsal")(bench_rehearsal)
     bench.command("peers")(bench_peers)
@@ -169,6 +170,54 @@ def bench_engine(
     )
     verdict = write_engine_verdict(result)
     _show(result, tabulate_times(result), verdict, output, as_json)
+
+
+def bench_documents(
+    windows: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Length of a document; repeat for several.  [default: 1 to 500]",
+            show_default=False,
+        ),
+    ] = None,
+    precision: Annotated[
+        Precision | None,
+        typer.Option(help="[default: the gateway's]", show_default=False),
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Measurements of each, taking turns.")
+    ] = 3,
+    data: DataOption = None,
+    output: OutputOption = Path("int8qa-bench"),
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask a running gateway about documents of 1 to 500 windows, one at a time.
+
+    What a window costs in each, the gateway's memory meanwhile, and what a question
+    waits beside the longest.
+    """
+    from int8qa.bench.documents import WINDOWS, DocumentOptions
+    from int8qa.bench.documents import bench_documents as run_bench
+    from int8qa.bench.documents_page import (
+        tabulate_documents,
+        write_documents_verdict,
+    )
+    from int8qa.bench.report import check_output
+
+    check_output(output)
+    given: dict[str, Any] = {} if data is None else {"data": data}
+    options = DocumentOptions(
+        url=url or load_settings().local_url,
+        precision=precision,
+        windows=tuple(windows or WINDOWS),
+        rounds=rounds,
+        **given,
+    )
+    result = run_bench(options, _say)
+    verdict = write_documents_verdict(result)
+    _show(result, tabulate_documents(result), verdict, output, as_json)
 
 
 def bench_soak(

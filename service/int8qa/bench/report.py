@@ -1,8 +1,8 @@
 """The JSON and the page of a measurement, and its short form for a terminal.
 
-In: the result of ``bench gateway``, ``engine`` or ``soak``; of ``rehearsal`` the files
-alone. Out: two files, a table. Measures nothing; the page is filled into the
-frame of the calibrators' comparison.
+In: the result of ``bench gateway``, ``engine`` or ``soak``; of ``rehearsal`` and
+``documents`` the files alone. Out: two files, a table. Measures nothing; the page is
+filled into the frame of the calibrators' comparison.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from int8qa.bench.documents_page import render_documents
 from int8qa.bench.figures import plot_cdf, plot_fill, plot_rates, plot_time
 from int8qa.bench.provenance import drop_command, list_facts
 from int8qa.bench.rehearsal_page import render_rehearsal
@@ -51,6 +52,7 @@ def write_report(result: Json, output: Path) -> tuple[Path, Path]:
         "engine": render_engine,
         "soak": render_soak,
         "rehearsal": render_rehearsal,
+        "documents": render_documents,
     }[kind]
     return write_files(result, output, kind, render)
 
