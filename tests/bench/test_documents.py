@@ -80,7 +80,12 @@ def test_cost_ratio(costs: list[tuple[int, float]], expected: float | None) -> N
 def test_verdict_without_memory_or_ratio() -> None:
     """What is not known is not spoken of."""
     rows = [{"windows": 1, "median_s": 0.02, "ms_per_window": 20.0}]
-    result = {"documents": rows, "cost_ratio": None, "memory_mib": None}
+    result = {
+        "documents": rows,
+        "cost_ratio": None,
+        "memory_mib": None,
+        "neighbours": {"alone_ms": {"p50": 20.0}, "beside_ms": None},
+    }
     assert write_documents_verdict(result) == (
         "A document of 1 window takes 0.0200 s, 20.0 ms a window."
     )

@@ -93,6 +93,17 @@ def test_all_scenarios(question_file: Path) -> None:
             assert run["cdf_ms"] == sorted(run["cdf_ms"])
             assert run["cdf_ms"][-1] == pytest.approx(latency["max"], abs=0.002)
             assert run["generator"]["request_ms"] <= latency["mean"]
+    for name in ("int8", "fp16"):
+        server = [
+            run
+            for run in runs
+            if (run["scenario"], run["precision"]) == ("Server", name)
+        ]
+        first, *others = server
+        assert first["light"]
+        assert others
+        assert not any(run["light"] for run in others)
+        assert first["target_qps"] < min(run["target_qps"] for run in others)
     for row in result["headline"]:
         assert row["offline_qps"] > row["server_qps"] > 0
         assert row["single_stream_ms"]["p50"] > 0

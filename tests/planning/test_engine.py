@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from typing import Any
 
@@ -10,18 +11,22 @@ import simpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from int8qa.planning.engine import SharedEngine
+from int8qa.planning.engine import COOLING_S, SharedEngine
 
 Batch = tuple[float, float, bool]
 """When it comes, what it takes of the whole engine, whether it came alone."""
 
 
 def run_batches(
-    instances: int, batches: list[Batch], *, losses: tuple[float, ...] = ()
+    instances: int,
+    batches: list[Batch],
+    *,
+    losses: tuple[float, ...] = (),
+    cold_s: float = 0.0,
 ) -> tuple[list[float], SharedEngine]:
     """When each is done; at each time of ``losses`` a second of work is added."""
     env = simpy.Environment()
-    engine = SharedEngine(env, instances)
+    engine = SharedEngine(env, instances, cold_s=cold_s)
     ends = [0.0] * len(batches)
 
     def send(number: int, batch: Batch) -> Generator[simpy.Event, Any, None]:
@@ -85,3 +90,35 @@ def test_no_work_is_lost_or_made(instances: int, batches: list[Batch]) -> None:
     assert not engine.working
     for (at_s, work_s, _), end_s in zip(batches, ends, strict=True):
         assert end_s >= at_s + work_s - 1e-9
+
+
+def test_engine_that_stood_idle_is_slower() -> None:
+    """The more so the longer, up to a bound; who finds it at work is not concerned."""
+    cold_s = 0.5
+    batches = [(0, 1, True), (1 + COOLING_S, 1, True), (2, 1, True), (10, 1, True)]
+    ends, engine = run_batches(1, batches, cold_s=cold_s)
+    soon_s = cold_s * (1 - math.exp(-1))
+    second_s = 2 + COOLING_S + soon_s
+    assert ends == pytest.approx([1, second_s, second_s + 1, 11 + cold_s])
+    assert engine.busy_s == pytest.approx(4 + soon_s + cold_s)
+
+
+def test_batches_end_however_late_it_is() -> None:
+    """What rounding leaves of a batch after a million seconds is not work."""
+    env = simpy.Environment(initial_time=1e6)
+    engine = SharedEngine(env, 2)
+    count = 200
+    done = []
+
+    def send(at_s: float) -> Generator[simpy.Event, Any, None]:
+        yield env.timeout(at_s)
+        yield engine.run(0.0131 + at_s / 1000, alone=False)
+        done.append(at_s)
+
+    for number in range(count):
+        env.process(send(number * 0.00517))
+    # A clock that no longer moves would step for ever.
+    for _ in range(20 * count):
+        if len(done) < count:
+            env.step()
+    assert len(done) == count

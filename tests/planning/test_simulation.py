@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -92,6 +93,20 @@ def test_time_has_no_unit(mixed: tuple[Question, ...]) -> None:
     )
     assert second.latency_s == pytest.approx(first.latency_s / 10, rel=1e-6)
     assert second.utilisation == pytest.approx(first.utilisation)
+
+
+def test_spread_leaves_the_median(mixed: tuple[Question, ...]) -> None:
+    """Of lone questions; the tail grows, and equal seeds still give equal latencies."""
+    even, uneven, again = (
+        simulate_clients(
+            replace(make_service(), spread=spread), [(128,)], 1, count=4000, seed=2
+        ).latency_s
+        for spread in (0.0, 0.3, 0.3)
+    )
+    assert np.median(uneven) == pytest.approx(np.median(even), rel=0.02)
+    factor = np.exp(0.3 * 2.326)  # the normal distribution's 0.99 quantile
+    assert np.percentile(uneven, 99) == pytest.approx(factor * even[0], rel=0.05)
+    assert (uneven == again).all()
 
 
 def test_nothing_is_lost(mixed: tuple[Question, ...]) -> None:

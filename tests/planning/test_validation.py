@@ -33,6 +33,7 @@ def test_errors_are_relative_to_the_measurement(mixed: tuple[Question, ...]) -> 
         measure(20.0, 1000.0, 1000.0),
         make_run("Offline", "int8"),
         make_run("Server", "fp32"),
+        measure(5.0, 1.0, 1.0, light=True),
     ]
     first, second = validate(runs, {"int8": service}, mixed)
     assert (first["rate_qps"], second["rate_qps"]) == (20.0, 40.0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import statistics
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -34,8 +35,9 @@ DOC_STRIDE = 192
 more than the 500,000 characters that a gateway allows by default."""
 FULL = 10
 """Windows from which on a document fills batches; before, calls cost more than rows."""
-_FIRST_GUESS_CHARS = 30_000
-_TRIES = 6
+_CHARS_PER_WINDOW = 850
+"""Of English, about: the first guess."""
+_TRIES = 12
 _POLL_S = 0.1
 _NEIGHBOURS = 60
 _TIMEOUT_S = 600.0
@@ -153,7 +155,8 @@ class _Bench:
 
     async def _find_document(self, windows: int) -> _Document:
         """A text of exactly so many windows, or what came nearest to it."""
-        chars = _FIRST_GUESS_CHARS
+        chars = windows * _CHARS_PER_WINDOW
+        shorter, longer = 0, math.inf
         best: _Document | None = None
         for _ in range(_TRIES):
             text = self._write(chars)
@@ -162,8 +165,13 @@ class _Bench:
                 best = _Document(found, text)
             if found == windows:
                 break
-            # In the midst of the last window, lest it be cut off or another begin.
-            chars = max(200, round(len(text) * (windows - 0.5) / max(found - 0.5, 0.5)))
+            shorter, longer = (
+                (chars, longer) if found < windows else (shorter, min(longer, chars))
+            )
+            # Midst of the last window, by the length of those so far.
+            chars = round(chars * (windows - 0.5) / max(found - 0.5, 0.5))
+            if not shorter < chars < longer:
+                chars = round((shorter + min(longer, 2 * shorter)) / 2)
         assert best is not None
         self._say(f"{best.windows} windows: {len(best.text):,} characters")
         return best

@@ -63,6 +63,13 @@ def write_documents_verdict(result: Json) -> str:
     if memory:
         grown = memory["peak"] - memory["before"]
         text += f"; the gateway's memory rose by {grown:.0f} MiB at most"
+    beside = result["neighbours"]
+    if beside["alone_ms"] and beside["beside_ms"]:
+        alone_ms, beside_ms = (beside[key]["p50"] for key in ("alone_ms", "beside_ms"))
+        text += (
+            f". A question beside it takes {format_number(beside_ms)} ms (p50), alone "
+            f"{format_number(alone_ms)}"
+        )
     return text + "."
 
 

@@ -1,31 +1,36 @@
 """What a question costs beside the engine, from measurements of a running gateway.
 
-In: the SingleStream and Offline tests of ``int8qa bench gateway``, engine times, the
-questions that were asked. Out: overheads, each said to be measured or assumed. Server
-tests are never looked at: they are what a plan is held against.
+In: the SingleStream, Offline and light tests of ``int8qa bench gateway``, engine times,
+the questions that were asked. Out: overheads, each said to be measured or assumed. No
+other Server test than the light one is ever looked at: a plan is held against them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from int8qa.gateway.line import Policy
 from int8qa.planning.simulation import (
+    Observation,
     Overheads,
     Service,
     Shape,
     simulate_clients,
+    simulate_poisson,
 )
 from int8qa.planning.traffic import Question
 
 Json = Mapping[str, Any]
 
-ASSUMED = Overheads(request_s=0.001, call_s=0.0015, interference_s=0.001)
+ASSUMED = Overheads(request_s=0.001, call_s=0.0015, interference_s=0.001, cold_s=0.003)
 """Without a measurement. Source: what Triton adds to a call and the gateway to a
 request with the embedded engine on two cores of an AMD EPYC; a core shared with the
-engine loses what the gateway computes."""
+engine loses what the gateway computes; docs/planning.md for pauses."""
+MOST_SPREAD = 1.0
 SEED = 1
 COUNT = 6000
 """Questions of a simulation that a measurement is held against."""
@@ -39,7 +44,9 @@ class Calibration:
 
     overheads: Overheads
     measured: Mapping[str, bool]
-    """By field of the overheads."""
+    """By field of the overheads, and ``spread``."""
+    spread: float
+    """Of a batch's time, as ``Service`` has it."""
     gateway_cpu_s: float | None
     """Of the gateway's process for each question; None if unknown."""
     remarks: tuple[str, ...] = ()
@@ -70,8 +77,10 @@ def calibrate(
 
     SingleStream's mean latency less the engine's own is what a lone question costs
     beside it. Its stages say how much of that is the gateway's and the wire's; the rest
-    is Triton's. Offline's throughput against a simulation of as many clients says
-    how much engine time each question costs beyond its batch.
+    is Triton's. How much farther its 99th percentile is from its mean than lengths
+    explain is how much a batch's time varies. Offline's throughput against a simulation
+    of as many clients says how much engine time each question costs beyond its batch;
+    the light test's mean latency, how much an engine that stood idle.
 
     Args:
         runs: of a result of ``int8qa bench gateway``; empty: all is assumed.
@@ -80,29 +89,31 @@ def calibrate(
         batch_s: seconds by shape.
         questions: the ones that were asked.
         clients: requests that Offline kept under way.
-        shares_cores: whether the engine runs where the gateway does; if not, no
-            interference is assumed.
+        shares_cores: whether the engine runs where the gateway does; if not, neither
+            interference nor an engine gone cold is assumed.
         instances: of the engine.
     """
-    overheads = ASSUMED if shares_cores else replace(ASSUMED, interference_s=0.0)
-    measured = dict.fromkeys(asdict(overheads), False)
+    overheads = (
+        ASSUMED if shares_cores else replace(ASSUMED, interference_s=0.0, cold_s=0.0)
+    )
+    service = Service(policy, batch_s, overheads, instances)
+    measured = dict.fromkeys([*asdict(overheads), "spread"], False)
     remarks = []
 
-    def simulate(clients: int) -> tuple[float, float]:
-        seen = simulate_clients(
-            Service(policy, batch_s, overheads, instances),
-            questions,
-            clients,
-            count=COUNT,
-            seed=SEED,
-        )
-        return float(seen.latency_s.mean()), seen.throughput_qps
+    def simulate(service: Service, clients: int) -> Observation:
+        return simulate_clients(service, questions, clients, count=COUNT, seed=SEED)
 
     single = _find(runs, "SingleStream", precision)
     if single is not None and single["latency_ms"]:
-        overheads = replace(overheads, request_s=0.0, call_s=0.0)
-        engine_s, _ = simulate(1)
-        beside_s = single["latency_ms"]["mean"] / 1e3 - engine_s
+        latency, bare = single["latency_ms"], replace(service, overheads=Overheads())
+        mean_s = latency["mean"] / 1e3
+        if "p99" in latency:
+            beyond_s = latency["p99"] / 1e3 - mean_s
+            bare = replace(
+                bare, spread=_fit_spread(lambda one: simulate(one, 1), bare, beyond_s)
+            )
+            measured["spread"] = True
+        beside_s = mean_s - float(simulate(bare, 1).latency_s.mean())
         if beside_s < 0:
             remarks.append(
                 f"{precision}: a lone question took {-1e3 * beside_s:.2f} ms less than "
@@ -113,13 +124,14 @@ def calibrate(
         own_s = sum(v for k, v in stages.items() if k not in ("queue", "inference"))
         request_s = min(own_s / 1e3, beside_s)
         overheads = replace(overheads, request_s=request_s, call_s=beside_s - request_s)
+        service = replace(service, spread=bare.spread, overheads=overheads)
         measured |= {"request_s": True, "call_s": True}
 
     offline = _find(runs, "Offline", precision)
     cpu_ms = None
     if offline is not None and offline["throughput_qps"]:
-        overheads = replace(overheads, interference_s=0.0)
-        _, undisturbed_qps = simulate(clients)
+        undisturbed = replace(service, overheads=replace(overheads, interference_s=0.0))
+        undisturbed_qps = simulate(undisturbed, clients).throughput_qps
         lost_s = 1 / offline["throughput_qps"] - 1 / undisturbed_qps
         if lost_s < 0:
             remarks.append(
@@ -130,9 +142,53 @@ def calibrate(
         overheads = replace(overheads, interference_s=max(0.0, lost_s))
         measured["interference_s"] = True
         cpu_ms = (offline["gateway"] or {}).get("cpu_ms")
+
+    light = _find_light(runs, precision)
+    if light is not None:
+        rate_qps, mean_s = light["target_qps"], light["latency_ms"]["mean"] / 1e3
+
+        def measure_mean_s(cold_s: float) -> float:
+            service_then = replace(service, overheads=replace(overheads, cold_s=cold_s))
+            seen = simulate_poisson(
+                service_then, questions, rate_qps, count=COUNT, warm_up=100, seed=SEED
+            )
+            return float(seen.latency_s.mean())
+
+        # All but proportional: batches that meet are few.
+        warm_s = measure_mean_s(0.0)
+        missing_s = max(0.0, mean_s - warm_s)
+        gained_s = measure_mean_s(missing_s) - warm_s if missing_s else 0.0
+        cold_s = missing_s**2 / gained_s if gained_s else 0.0
+        overheads = replace(overheads, cold_s=cold_s)
+        measured["cold_s"] = True
     return Calibration(
-        overheads, measured, None if cpu_ms is None else cpu_ms / 1e3, tuple(remarks)
+        overheads,
+        measured,
+        service.spread,
+        None if cpu_ms is None else cpu_ms / 1e3,
+        tuple(remarks),
     )
+
+
+def _fit_spread(
+    simulate: Callable[[Service], Observation], service: Service, beyond_s: float
+) -> float:
+    """The spread with which latency's 99th percentile is so far beyond its mean.
+
+    0 if lengths alone bring it there. By bisection: equal seeds, so it grows steadily.
+    """
+
+    def measure(spread: float) -> float:
+        latency_s = simulate(replace(service, spread=spread)).latency_s
+        return float(np.percentile(latency_s, 99) - latency_s.mean())
+
+    low, high = 0.0, MOST_SPREAD
+    if measure(low) >= beyond_s:
+        return low
+    for _ in range(10):
+        middle = (low + high) / 2
+        low, high = (middle, high) if measure(middle) < beyond_s else (low, middle)
+    return (low + high) / 2
 
 
 def _find(runs: Sequence[Json], scenario: str, precision: str) -> Json | None:
@@ -140,4 +196,12 @@ def _find(runs: Sequence[Json], scenario: str, precision: str) -> Json | None:
     for run in runs:
         if (run["scenario"], run["precision"]) == (scenario, precision):
             return run if run["valid"] else None
+    return None
+
+
+def _find_light(runs: Sequence[Json], precision: str) -> Json | None:
+    """The Server test at which questions hardly meet, if none of them failed."""
+    for run in runs:
+        if run["precision"] == precision and run.get("light"):
+            return run if run["latency_ms"] and not run["failures"] else None
     return None

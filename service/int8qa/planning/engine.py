@@ -6,13 +6,18 @@ each is done; how much of the engine was used. Knows neither questions nor shape
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
 import simpy
 
-_NOTHING_S = 1e-12
-"""Less than any work: what rounding leaves of a finished batch."""
+COOLING_S = 0.025
+"""Time constant with which an idle engine loses caches and clocks. Source: lone
+questions after pauses of 5 to 300 ms on two cores of an AMD EPYC, docs/planning.md."""
+_NOTHING_S = 1e-9
+"""Less than any work, and more than rounding leaves of a finished batch after weeks of
+simulated time; what is less than the clock's own step would never be done."""
 
 
 @dataclass(eq=False, slots=True)
@@ -29,15 +34,25 @@ class SharedEngine:
     ``build/engines/triton_openvino_model.py``. Where more is asked for than there is,
     each gets less in proportion. Batches that find no instance free wait in order. With
     one instance this is a single server.
+
+    A batch that finds the engine idle for t seconds takes cold_s · (1 - e^(-t/COOLING))
+    more: memory, cores and threads have gone to others or to sleep.
     """
 
     def __init__(
-        self, env: simpy.Environment, instances: int, *, observed_from_s: float = 0.0
+        self,
+        env: simpy.Environment,
+        instances: int,
+        *,
+        cold_s: float = 0.0,
+        observed_from_s: float = 0.0,
     ) -> None:
         self.busy_s = 0.0
         """Seconds of the whole engine that were used since ``observed_from_s``."""
         self._env = env
         self._instances = instances
+        self._cold_s = cold_s
+        self._idle_from_s = env.now
         self._observed_from_s = observed_from_s
         self._running: list[_Job] = []
         self._waiting: deque[_Job] = deque()
@@ -52,8 +67,11 @@ class SharedEngine:
     def run(self, work_s: float, *, alone: bool) -> simpy.Event:
         """Take a batch of so many seconds; the event is its end."""
         share = 1.0 if alone else 1.0 / self._instances
-        job = _Job(work_s, share, self._env.event())
         self._advance()
+        if not self._running:
+            idle_s = self._env.now - self._idle_from_s
+            work_s += self._cold_s * -math.expm1(-idle_s / COOLING_S)
+        job = _Job(work_s, share, self._env.event())
         self._waiting.append(job)
         self._go_on()
         return job.done
@@ -88,7 +106,9 @@ class SharedEngine:
         while self._waiting and len(self._running) < self._instances:
             self._running.append(self._waiting.popleft())
         self._plan_number += 1
-        if self._running:
+        if not self._running:
+            self._idle_from_s = self._env.now
+        else:
             speed = self._measure_speed()
             next_s = min(job.left_s / (job.share * speed) for job in self._running)
             number = self._plan_number

@@ -122,7 +122,13 @@ class PlanInputs:
             instances=instances,
         )
         self.remarks += calibration.remarks
-        service = Service(policy, costs.batch_s, calibration.overheads, instances)
+        service = Service(
+            policy,
+            costs.batch_s,
+            calibration.overheads,
+            instances,
+            calibration.spread,
+        )
         return Subject(service, costs, calibration)
 
     def find_traffic(self, result: Json) -> Traffic:

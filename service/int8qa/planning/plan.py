@@ -36,8 +36,9 @@ ASSUMPTIONS = (
     "Arrivals are Poisson, and each draws one of the traffic's questions by chance.",
     (
         "A replica is one gateway process with one engine of one precision, on a "
-        "machine of its own like the one measured. An engine takes the same time "
-        "whenever it gets the same shape."
+        "machine of its own like the one measured. What a batch takes varies "
+        "about its shape's median as it did for a lone client, independent of the "
+        "batch before."
     ),
     (
         "Arrivals are split between replicas at random, so that each sees Poisson "
@@ -175,6 +176,12 @@ def _describe_row(
             "fit_error": costs.fit_error and round(costs.fit_error, 4),
         },
         "overheads": subject.calibration.describe(),
+        "spread": {
+            "log": round(subject.service.spread, 4),
+            "source": "measured"
+            if subject.calibration.measured["spread"]
+            else "assumed",
+        },
         "replica_limit_qps": search.limit_qps and round(search.limit_qps, 3),
         "lone": search.lone.describe(),
         "plan": fewest and fewest.describe(),

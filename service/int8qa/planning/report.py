@@ -6,6 +6,7 @@ page is filled into the frame of the calibrators' comparison.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ _OVERHEADS = {
     "request_s": "a request beside its batch",
     "call_s": "a batch on its way through Triton",
     "interference_s": "engine time lost to each request",
+    "cold_s": "engine time that a batch takes more after a pause",
 }
 
 
@@ -140,6 +142,9 @@ def tabulate_sources(result: Json) -> dict[str, Any]:
             (name.upper(), _OVERHEADS[key], f"{found['ms']:.2f} ms", found["source"])
             for key, found in row["overheads"].items()
         ]
+        spread = row["spread"]
+        share = f"×/÷ {math.exp(spread['log']):.2f}"
+        rows.append((name.upper(), "spread of a batch's time", share, spread["source"]))
         plan = row["plan"]
         if plan is not None:
             how = "one replica simulated, which stands for all"

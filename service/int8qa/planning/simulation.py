@@ -41,6 +41,8 @@ class Overheads:
     interference_s: float = 0.0
     """Engine time lost to each question that arrives while the engine works: gateway
     and engine share cores."""
+    cold_s: float = 0.0
+    """Engine time that a batch takes more after a long pause; see ``SharedEngine``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,9 @@ class Service:
     overheads: Overheads = Overheads()
     instances: int = 1
     """Batches that the engine computes side by side."""
+    spread: float = 0.0
+    """Standard deviation of the logarithm of a batch's time about that of its shape:
+    what else the machine does. ``batch_s`` are its medians."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +95,21 @@ class _Replica:
         service: Service,
         finish: Callable[[Request], None],
         warm_s: float,
+        noise: np.random.Generator,
     ) -> None:
-        self.engine = SharedEngine(env, service.instances, observed_from_s=warm_s)
+        self.engine = SharedEngine(
+            env,
+            service.instances,
+            cold_s=service.overheads.cold_s,
+            observed_from_s=warm_s,
+        )
         self.batches = 0
         self.windows = 0
         self._env = env
         self._service = service
         self._finish = finish
         self._warm_s = warm_s
+        self._noise = noise
         self._line: WaitingLine[Request] = WaitingLine(service.policy)
         self._in_flight = 0
         self._alarm_s = math.inf
@@ -128,6 +140,8 @@ class _Replica:
         if self._service.overheads.call_s:
             yield self._env.timeout(self._service.overheads.call_s)
         work_s = self._service.batch_s[len(batch.rows), batch.length]
+        if self._service.spread:
+            work_s *= math.exp(self._service.spread * self._noise.standard_normal())
         yield self.engine.run(work_s, alone=alone)
         if self._env.now >= self._warm_s:
             self.batches += 1
@@ -165,8 +179,8 @@ def simulate_poisson(
         replicas: that share the arrivals.
     """
     total = warm_up + count
-    gaps, picks, places = (
-        np.random.default_rng((*_flatten(seed), i)) for i in (0, 1, 2)
+    gaps, picks, places, noise = (
+        np.random.default_rng((*_flatten(seed), i)) for i in (0, 1, 2, 3)
     )
     arrivals = np.cumsum(gaps.exponential(size=total)) / rate_qps
     drawn = picks.integers(len(questions), size=total)
@@ -178,7 +192,7 @@ def simulate_poisson(
     def finish(request: Request) -> None:
         latency[request.number] = env.now - request.arrival_s
 
-    shared = [_Replica(env, service, finish, warm_s) for _ in range(replicas)]
+    shared = [_Replica(env, service, finish, warm_s, noise) for _ in range(replicas)]
 
     def arrive() -> Generator[simpy.Event, Any, None]:
         # Python's own numbers: NumPy's are slow one by one.
@@ -211,7 +225,7 @@ def simulate_clients(
 
     One client is LoadGen's SingleStream; many are its Offline.
     """
-    picks = np.random.default_rng((*_flatten(seed), 1))
+    picks, noise = (np.random.default_rng((*_flatten(seed), i)) for i in (1, 3))
     drawn = picks.integers(len(questions), size=count).tolist()
     env = simpy.Environment()
     latency = np.zeros(count)
@@ -222,7 +236,7 @@ def simulate_clients(
         latency[request.number] = env.now - request.arrival_s
         answered.pop(request.number).succeed()
 
-    replica = _Replica(env, service, finish, 0.0)
+    replica = _Replica(env, service, finish, 0.0, noise)
     numbers = iter(range(count))
 
     def ask() -> Generator[simpy.Event, Any, None]:
