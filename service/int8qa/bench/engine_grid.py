@@ -138,7 +138,8 @@ def load_engines(
             / MODEL_VERSION
             / MODEL_FILENAME
         )
-        engine = OpenVinoEngine(path, precision, threads=threads)
+        hint = model.inference_precision_hint or None
+        engine = OpenVinoEngine(path, precision, hint=hint, threads=threads)
         infers[str(precision)] = engine.infer
         execution[str(precision)] = engine.execution.summary
     return infers, execution

@@ -32,6 +32,7 @@ from int8qa.build.engines.openvino import (
     check_execution,
     compile_graph,
 )
+from int8qa.build.float_parts import Int8Compiler
 from int8qa.build.identity import read_versions
 from int8qa.build.latency import (
     fit_shapes,
@@ -141,6 +142,7 @@ class Laboratory:
                 self.files, options.sources, scratch / TOKENIZER_FILENAME
             )
         self.shapes = fit_shapes(self.subject.max_window_tokens)
+        self.int8 = Int8Compiler(self.subject.inputs, self.subject.max_window_tokens)
         self.variants: list[Variant] = []
         self.groups: dict[tuple[str, bool], Group] = {}
         """By recipe, and whether it was smoothed."""
@@ -256,6 +258,8 @@ class Laboratory:
 
     def _compile(self, graph: Any, precision: Precision) -> tuple[OpenVinoEngine, int]:
         with tempfile.TemporaryDirectory(dir=self.scratch) as directory:
+            if precision is Precision.INT8:
+                return self.int8.compile(graph, Path(directory))
             return compile_graph(graph, Path(directory), precision)
 
     def _engine_of(

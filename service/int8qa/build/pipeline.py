@@ -27,7 +27,6 @@ from int8qa.build.census import Census, take_census
 from int8qa.build.checkpoint import CheckpointFiles, resolve_checkpoint
 from int8qa.build.costs import TIMED_ROUNDS, tabulate_costs, time_batches
 from int8qa.build.engines.openvino import (
-    PRECISION_HINTS,
     OpenVinoEngine,
     check_execution,
     compile_graph,
@@ -36,6 +35,7 @@ from int8qa.build.engines.tensorrt import check_builder
 from int8qa.build.engines.tensorrt_lock import MANIFEST_KEY
 from int8qa.build.engines.tensorrt_options import PlanOptions
 from int8qa.build.export import export_onnx, wrap_model
+from int8qa.build.float_parts import Int8Compiler
 from int8qa.build.graph import clean_graph
 from int8qa.build.identity import identify_build
 from int8qa.build.latency import (
@@ -203,6 +203,7 @@ class _Build:
                 self.staged.directory / TOKENIZER_FILENAME,
             )
         self.subject = subject
+        self.int8 = Int8Compiler(subject.inputs, subject.max_window_tokens)
         reader = wrap_model(subject.checkpoint.model)
         with self.progress.stage("export to ONNX"):
             float_graph = clean_graph(export_onnx(reader, subject.inputs))
@@ -278,6 +279,7 @@ class _Build:
             "searched": quantized.chosen,
             "mixed": describe_mixed(mixed, latency_ms),
             "models": describe_models(served, accuracies, answers),
+            "float_parts": None if self.int8.parts is None else asdict(self.int8.parts),
             "latency_ms": latency_ms,
             "latency": describe_latencies(latencies),
             "cost_ms": cost_ms,
@@ -387,7 +389,10 @@ class _Build:
     ) -> None:
         """The engine of ``precision``, held to what it was asked for."""
         directory = self._engine_directory(precision)
-        engine, size_bytes = compile_graph(graph, directory, precision)
+        if precision is Precision.INT8:
+            engine, size_bytes = self.int8.compile(graph, directory)
+        else:
+            engine, size_bytes = compile_graph(graph, directory, precision)
         self.remarks += check_execution(
             engine.execution, precision, quantized_gemms=quantized_gemms
         )
@@ -468,9 +473,7 @@ class _Build:
         def measure(plan: Plan) -> Accuracy:
             scratch.mkdir(exist_ok=True)
             try:
-                engine, _ = compile_graph(
-                    exported.project(plan, ranges), scratch, Precision.INT8
-                )
+                engine, _ = self.int8.compile(exported.project(plan, ranges), scratch)
                 found = subject.answer(engine.infer)
             finally:
                 shutil.rmtree(scratch)
@@ -587,8 +590,10 @@ class _Build:
                 exact_match=round(accuracies[precision].exact_match, 3),
                 size_bytes=engine.size_bytes,
                 execution=engine.execution,
+                inference_precision_hint=self.engines[precision].hint if on_cpu else "",
             )
 
+        on_cpu = self.options.plans is None
         return {name: record(name, engine) for name, engine in served.items()}
 
     def _write_models(self) -> None:
@@ -607,7 +612,7 @@ class _Build:
                     sequence_buckets=self.subject.buckets,
                     batch_sizes=BATCH_SIZES,
                     max_batch_tokens=MAX_BATCH_TOKENS,
-                    inference_precision_hint=PRECISION_HINTS[precision],
+                    inference_precision_hint=self.engines[precision].hint,
                 ),
             )
 

@@ -8,10 +8,10 @@ for the build's own measurements. The serving side is ``triton_openvino_model.py
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,11 +34,14 @@ MODEL_FILENAME = "model.xml"
 _INPUTS = (INPUT_IDS, ATTENTION_MASK, TOKEN_TYPE_IDS)
 
 PRECISION_HINTS: dict[Precision, str] = {
-    # Float parts of the INT8 graph run in half precision too, as on a GPU.
-    Precision.INT8: "f16",
+    Precision.INT8: "f32",
     Precision.FP16: "f16",
     Precision.FP32: "f32",
 }
+"""What float operations run in; of INT8 unless :func:`list_int8_hints` has better."""
+
+_REFERENCE = "ref"
+"""How OpenVINO names kernels that are there for correctness alone."""
 
 _GEMM_LAYERS = frozenset({"FullyConnected", "MatMul", "FullyConnectedCompressed"})
 
@@ -54,6 +57,8 @@ class Execution:
     device: str
     capabilities: tuple[str, ...]
     """What OpenVINO says the CPU computes natively: INT8, FP16, BF16, FP32."""
+    reference_gemms: int = 0
+    """GEMMs with no kernel but OpenVINO's reference, which is a thousandfold slower."""
 
     @property
     def summary(self) -> str:
@@ -72,8 +77,21 @@ def _import_openvino() -> Any:
     return openvino
 
 
+def list_int8_hints(capabilities: Sequence[str]) -> tuple[str, ...]:
+    """What the float parts of an INT8 graph may run in on a CPU, the finest first.
+
+    Not float16: OpenVINO 2026.4 has no kernel for an INT8 GEMM that writes it, and runs
+    its reference instead (``tests/build/test_openvino.py`` tells when that changes).
+    """
+    return ("f32", "bf16") if "BF16" in capabilities else ("f32",)
+
+
 def compile_graph(
-    model: onnx.ModelProto, directory: Path, precision: Precision
+    model: onnx.ModelProto,
+    directory: Path,
+    precision: Precision,
+    *,
+    hint: str | None = None,
 ) -> tuple[OpenVinoEngine, int]:
     """Convert and compile ``model``: the engine and the bytes of its IR.
 
@@ -81,7 +99,7 @@ def compile_graph(
         ExportError: OpenVINO cannot convert the graph.
     """
     path, size_bytes = save_ir(model, directory, precision)
-    return OpenVinoEngine(path, precision), size_bytes
+    return OpenVinoEngine(path, precision, hint=hint), size_bytes
 
 
 def save_ir(
@@ -129,9 +147,8 @@ def save_ir(
 class OpenVinoEngine:
     """A compiled IR in this process, by default with the properties the server uses.
 
-    Another ``hint`` (``f32``) computes the float parts of an INT8 graph more finely, so
-    that its quantization can be compared apart from them. With ``threads`` it is one of
-    several that share the cores.
+    Another ``hint`` (``f32``, ``bf16``) computes the float parts of a graph in another
+    type. With ``threads`` it is one of several that share the cores.
     """
 
     def __init__(
@@ -144,12 +161,13 @@ class OpenVinoEngine:
     ) -> None:
         openvino = _import_openvino()
         core = openvino.Core()
+        self.hint = hint or PRECISION_HINTS[precision]
         with keep_signal_stack():
             self._compiled = core.compile_model(
                 core.read_model(path),
                 "CPU",
                 {
-                    "INFERENCE_PRECISION_HINT": hint or PRECISION_HINTS[precision],
+                    "INFERENCE_PRECISION_HINT": self.hint,
                     "PERFORMANCE_HINT": "LATENCY",
                     **_share_cores(threads),
                 },
@@ -159,11 +177,16 @@ class OpenVinoEngine:
         # of its token ids), and `any_name` may be one of these.
         names = {name for port in self._compiled.inputs for name in port.names}
         self._inputs = tuple(name for name in _INPUTS if name in names)
+        # Kernels are chosen for a shape, so the graph knows none before the first one.
+        self._request.infer({name: np.ones((1, 1), np.int32) for name in self._inputs})
+        layers = _read_layers(self._compiled)
+        gemms = [layer for layer in layers if layer.kind in _GEMM_LAYERS]
         self.execution = Execution(
-            gemms=_count_layers(self._compiled, _is_gemm),
-            attentions=_count_layers(self._compiled, _is_attention),
+            gemms=_count_types(gemms),
+            attentions=_count_types(filter(_is_attention, layers)),
             device=str(core.get_property("CPU", "FULL_DEVICE_NAME")),
             capabilities=tuple(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")),
+            reference_gemms=sum(one.kernel.startswith(_REFERENCE) for one in gemms),
         )
 
     def infer(
@@ -210,25 +233,34 @@ def _share_cores(threads: int | None) -> dict[str, Any]:
     return {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
 
 
-def _count_layers(compiled: Any, wanted: Callable[[Any], bool]) -> dict[str, int]:
-    """Layers of the runtime graph by the type they compute in."""
-    counts: Counter[str] = Counter()
-    for operation in compiled.get_runtime_model().get_ops():
-        info = operation.get_rt_info()
-        if "layerType" in info and wanted(info):
-            counts[info["runtimePrecision"].astype(str)] += 1
-    return dict(counts)
+class _Layer(NamedTuple):
+    """One operation of a runtime graph."""
+
+    kind: str
+    kernel: str
+    """Its implementation and type, such as ``brgemm_avx512_i8`` or ``ref_any_i8``."""
+    type: str
+    origin: str
+    """Names of the operations of the model that it is made of."""
 
 
-def _is_gemm(info: Any) -> bool:
-    return info["layerType"].astype(str) in _GEMM_LAYERS
+def _read_layers(compiled: Any) -> list[_Layer]:
+    names = ("layerType", "primitiveType", "runtimePrecision", "originalLayersNames")
+    infos = [one.get_rt_info() for one in compiled.get_runtime_model().get_ops()]
+    return [
+        _Layer(*(info[name].astype(str) if name in info else "" for name in names))
+        for info in infos
+        if "layerType" in info
+    ]
 
 
-def _is_attention(info: Any) -> bool:
+def _count_types(layers: Iterable[_Layer]) -> dict[str, int]:
+    return dict(Counter(layer.type for layer in layers))
+
+
+def _is_attention(layer: _Layer) -> bool:
     """A fused attention: scores, softmax and context in one subgraph."""
-    return info["layerType"].astype(str) == "Subgraph" and "Softmax" in info[
-        "originalLayersNames"
-    ].astype(str)
+    return layer.kind == "Subgraph" and "Softmax" in layer.origin
 
 
 def check_execution(
@@ -247,10 +279,16 @@ def check_execution(
         Remarks for the report: what this CPU cannot do and what ran instead.
 
     Raises:
-        EnginePrecisionError: INT8 GEMMs run in float, or a CPU with float16 kernels
-            does not use them.
+        EnginePrecisionError: INT8 GEMMs run in float, a CPU with float16 kernels does
+            not use them, or OpenVINO has only its reference kernel for a GEMM.
     """
     gemms = execution.gemms
+    if execution.reference_gemms:
+        raise EnginePrecisionError(
+            f"OpenVINO has no fast kernel on {execution.device} for "
+            f"{execution.reference_gemms} of {sum(gemms.values())} GEMMs of the "
+            f"{precision} graph ({gemms}); a question would take minutes"
+        )
     int8_gemms = gemms.get("i8", 0) + gemms.get("u8", 0)
     if precision is Precision.INT8 and int8_gemms < quantized_gemms:
         raise EnginePrecisionError(

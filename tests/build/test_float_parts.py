@@ -1,0 +1,53 @@
+"""What the float parts of INT8 run in: the choice by hand, and a real compilation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+
+from int8qa.build import float_parts
+from int8qa.build.float_parts import Int8Compiler, choose_hint
+from tests.build.tiny import Graphs
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+@pytest.mark.parametrize(
+    ("bf16", "hint"),
+    [
+        ((10.0, 10.0), "f32"),
+        ((5.0, 5.0), "bf16"),
+        ((9.9, 9.9), "f32"),
+        ((9.6, 9.6), "bf16"),
+        ((5.0, 25.0), "f32"),
+        ((8.0, 11.0), "bf16"),
+    ],
+)
+def test_choice(bf16: tuple[float, float], hint: str) -> None:
+    """The coarser type has to be 3 % faster, in the geometric mean over the shapes."""
+    shapes = zip(("1x128", "8x128"), bf16, strict=True)
+    assert choose_hint({name: {"f32": 10.0, "bf16": ms} for name, ms in shapes}) == hint
+
+
+@pytest.mark.parametrize("winner", ["f32", "bf16"])
+def test_chosen_once(
+    graphs: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, winner: str
+) -> None:
+    """The first graph decides, what follows runs in the same type."""
+    monkeypatch.setattr(float_parts, "choose_hint", lambda _: winner)
+    graph = onnx.load_from_string(graphs.quantized_clean)
+    compiler = Int8Compiler(INPUTS, 32)
+    assert compiler.hint == "f32"
+    engine, size_bytes = compiler.compile(graph, tmp_path)
+    assert compiler.parts is not None
+    if "BF16" not in engine.execution.capabilities:
+        assert compiler.parts.ms == {}
+        winner = "f32"
+    else:
+        assert set(compiler.parts.ms["1x32"]) == {"f32", "bf16"}
+    assert engine.hint == compiler.hint == winner
+    monkeypatch.setattr(float_parts, "choose_hint", lambda _: pytest.fail("again"))
+    second, again = compiler.compile(graph, tmp_path)
+    assert (second.hint, again) == (winner, size_bytes)
