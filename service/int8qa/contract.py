@@ -85,10 +85,6 @@ class ModelRecord(_Frozen):
         description="types the engine's GEMMs really ran in where it was built, "
         "such as i8, f16 or bf16",
     )
-    inference_precision_hint: str = Field(
-        default="",
-        description="what OpenVINO runs float operations in; none for plans",
-    )
 
 
 class Contract(_Frozen):

@@ -104,7 +104,6 @@ def make_build(path: Path, build_id: str, *, generation: int = 0) -> Path:
         sequence_buckets=contract.sequence_buckets,
         batch_sizes=contract.batch_sizes,
         max_batch_tokens=1024,
-        inference_precision_hint="f32",
     )
     (model / "config.pbtxt").write_text(config)
     (path / "tokenizer.json").write_text("{}")

@@ -105,7 +105,7 @@ def make_session(graph: onnx.ModelProto) -> Any:
 def openvino_infer(graph: onnx.ModelProto, directory: Path, hint: str) -> Infer:
     """The engine as the build compiles it, its float parts by ``hint``."""
     path, _ = save_ir(graph, directory, Precision.INT8)
-    return OpenVinoEngine(path, Precision.INT8, hint=hint).infer
+    return OpenVinoEngine(path, hint=hint).infer
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from int8qa.build import latency, pipeline
+from int8qa.build import float_parts, latency, pipeline
 from int8qa.build.accuracy import share_equal
 from int8qa.build.calibration import Calibrator
 from int8qa.build.checkpoint import resolve_checkpoint
@@ -102,6 +102,7 @@ def built(
 def one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time the engines at one small shape, where the times do not matter."""
     monkeypatch.setattr(latency, "LATENCY_SHAPES", ((1, 32),))
+    monkeypatch.setattr(float_parts, "choose_hint", lambda _: "f32")
 
 
 @pytest.fixture
@@ -202,7 +203,10 @@ def test_files(built: Built) -> None:
         *(
             f"{precision.model_name}/{name}"
             for precision in Precision
-            for name in ("config.pbtxt", "1/model.py", "1/model.xml", "1/model.bin")
+            for name in (
+                *("config.pbtxt", "1/model.py", "1/properties.json"),
+                *("1/model.xml", "1/model.bin"),
+            )
         ),
     }
     for precision in Precision:
@@ -588,8 +592,7 @@ def test_mixed_moves_units_to_float(
     int8, fp16 = (
         subject.answer(
             OpenVinoEngine(
-                options.model_repository / precision.model_name / "1/model.xml",
-                precision,
+                options.model_repository / precision.model_name / "1/model.xml"
             ).infer
         )
         for precision in (Precision.INT8, Precision.FP16)

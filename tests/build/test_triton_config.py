@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from google.protobuf import text_format
 
-from int8qa.build.engines.openvino import PRECISION_HINTS
 from int8qa.build.export import model_inputs
 from int8qa.build.pipeline import BATCH_SIZES, MAX_BATCH_TOKENS
 from int8qa.build.subject import BUCKET_STEP, MAX_WINDOW_TOKENS
@@ -28,7 +27,6 @@ def write_config(precision: Precision, *, takes_token_types: bool = True) -> str
         sequence_buckets=BUCKETS,
         batch_sizes=BATCH_SIZES,
         max_batch_tokens=MAX_BATCH_TOKENS,
-        inference_precision_hint=PRECISION_HINTS[precision],
     )
 
 
@@ -60,9 +58,6 @@ def test_round_trip(precision: Precision) -> None:
     assert json.loads(parameters["sequence_buckets"]) == list(range(32, 385, 32))
     assert json.loads(parameters["batch_sizes"]) == [1, 2, 4, 8]
     assert json.loads(parameters["max_batch_tokens"]) == 1024
-    assert parameters["inference_precision_hint"] == (
-        "f32" if precision is Precision.FP32 else "f16"
-    )
 
 
 def test_triton_neither_merges_nor_times_out() -> None:
@@ -86,7 +81,6 @@ def test_refused_values() -> None:
             sequence_buckets=(32,),
             batch_sizes=(2**40,),
             max_batch_tokens=1024,
-            inference_precision_hint="f16",
         )
 
 

@@ -90,7 +90,6 @@ def start_model(backend: ModuleType, repository: Path, inputs: Any) -> Any:
         sequence_buckets=(16, 32),
         batch_sizes=BATCH_SIZES,
         max_batch_tokens=64,
-        inference_precision_hint="f32",
     )
     model = backend.TritonPythonModel()
     model.initialize(
@@ -113,7 +112,7 @@ def model(backend: ModuleType, repository: Path, graphs: Graphs) -> Any:
 @pytest.fixture(scope="module")
 def engine(repository: Path) -> OpenVinoEngine:
     """The same IR in the build's own engine: the oracle."""
-    return OpenVinoEngine(repository / "1" / "model.xml", Precision.FP32)
+    return OpenVinoEngine(repository / "1" / "model.xml")
 
 
 @pytest.fixture
@@ -309,7 +308,6 @@ def test_config_travels_as_json(graphs: Graphs) -> None:
             sequence_buckets=(32,),
             batch_sizes=BATCH_SIZES,
             max_batch_tokens=64,
-            inference_precision_hint="f16",
         )
     )
     assert json.loads(config.parameters["batch_sizes"].string_value) == [1, 2, 4]

@@ -70,7 +70,7 @@ def publish(
         for precision, engine in engines.items():
             origin = source / built.triton_name(engine)
             directory = staged.model_directory(precision.model_name)
-            for name in ("model.py", "model.xml", "model.bin"):
+            for name in ("model.py", "model.xml", "model.bin", "properties.json"):
                 shutil.copyfile(origin / "1" / name, directory / name)
             if damaged:
                 (directory / "model.xml").write_text("no model")

@@ -34,9 +34,8 @@ class TritonPythonModel:
             core.read_model(directory / "model.xml"),
             "CPU",
             {
-                "INFERENCE_PRECISION_HINT": parameters["hint"]["string_value"],
+                **json.loads((directory / "properties.json").read_text("utf-8")),
                 "INFERENCE_NUM_THREADS": threads,
-                "PERFORMANCE_HINT": "LATENCY",
                 # Each instance would pin its threads to the first cores.
                 "ENABLE_CPU_PINNING": threads >= len(os.sched_getaffinity(0)),
             },

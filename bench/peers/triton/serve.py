@@ -39,7 +39,7 @@ def write_repository(
     version.mkdir(parents=True)
     generation = contract["generation"]
     name = "qa_int8" if generation <= 1 else f"qa_int8_{generation}"
-    for file in ("model.xml", "model.bin"):
+    for file in ("model.xml", "model.bin", "properties.json"):
         (version / file).symlink_to((built / name / "1" / file).resolve())
     shutil.copy(Path(__file__).with_name("model.py"), version)
     config = write_config(contract["inputs"], ragged, instances, threads)
@@ -61,7 +61,6 @@ def write_config(inputs: list[str], ragged: bool, instances: int, threads: int) 
     lines += [
         "dynamic_batching { }",
         f"instance_group {{ count: {instances} kind: KIND_CPU }}",
-        'parameters { key: "hint" value { string_value: "f16" } }',
         f'parameters {{ key: "threads" value {{ string_value: "{threads}" }} }}',
     ]
     return "\n".join(lines) + "\n"

@@ -138,8 +138,7 @@ def load_engines(
             / MODEL_VERSION
             / MODEL_FILENAME
         )
-        hint = model.inference_precision_hint or None
-        engine = OpenVinoEngine(path, precision, hint=hint, threads=threads)
+        engine = OpenVinoEngine(path, threads=threads)
         infers[str(precision)] = engine.infer
         execution[str(precision)] = engine.execution.summary
     return infers, execution

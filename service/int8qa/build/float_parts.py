@@ -18,6 +18,7 @@ from int8qa.build.engines.openvino import (
     compile_graph,
     list_int8_hints,
     save_ir,
+    write_properties,
 )
 from int8qa.build.latency import fit_shapes, geometric_mean, medians, time_engines
 from int8qa.contract import Precision
@@ -64,15 +65,16 @@ class Int8Compiler:
         if self.parts is not None:
             return compile_graph(graph, directory, Precision.INT8, hint=self.hint)
         path, size_bytes = save_ir(graph, directory, Precision.INT8)
-        finest = OpenVinoEngine(path, Precision.INT8)
+        finest = OpenVinoEngine(path)
         engines = {finest.hint: finest}
         for hint in list_int8_hints(finest.execution.capabilities):
             if hint not in engines:
-                engine = OpenVinoEngine(path, Precision.INT8, hint=hint)
+                engine = OpenVinoEngine(path, hint=hint)
                 # In reference kernels it would take minutes to lose.
                 if not engine.execution.reference_gemms:
                     engines[hint] = engine
         self.parts = self._choose(engines)
+        write_properties(directory, self.hint)
         return engines[self.hint], size_bytes
 
     def _choose(self, engines: Mapping[str, OpenVinoEngine]) -> FloatParts:

@@ -590,10 +590,8 @@ class _Build:
                 exact_match=round(accuracies[precision].exact_match, 3),
                 size_bytes=engine.size_bytes,
                 execution=engine.execution,
-                inference_precision_hint=self.engines[precision].hint if on_cpu else "",
             )
 
-        on_cpu = self.options.plans is None
         return {name: record(name, engine) for name, engine in served.items()}
 
     def _write_models(self) -> None:
@@ -612,7 +610,6 @@ class _Build:
                     sequence_buckets=self.subject.buckets,
                     batch_sizes=BATCH_SIZES,
                     max_batch_tokens=MAX_BATCH_TOKENS,
-                    inference_precision_hint=self.engines[precision].hint,
                 ),
             )
 

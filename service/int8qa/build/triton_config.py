@@ -30,7 +30,6 @@ def openvino_model_config(
     sequence_buckets: Sequence[int],
     batch_sizes: Sequence[int],
     max_batch_tokens: int,
-    inference_precision_hint: str,
 ) -> str:
     """The configuration of one OpenVINO model in Triton's Python backend.
 
@@ -60,7 +59,6 @@ def openvino_model_config(
         "instance_group": [{"count": OPENVINO_INSTANCES, "kind": "KIND_CPU"}],
         "parameters": {
             "engine": {"string_value": "openvino"},
-            "inference_precision_hint": {"string_value": inference_precision_hint},
             "sequence_buckets": {"string_value": json.dumps(list(sequence_buckets))},
             "batch_sizes": {"string_value": json.dumps(list(batch_sizes))},
             "max_batch_tokens": {"string_value": json.dumps(max_batch_tokens)},

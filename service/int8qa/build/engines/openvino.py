@@ -7,6 +7,7 @@ for the build's own measurements. The serving side is ``triton_openvino_model.py
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     import onnx
 
 MODEL_FILENAME = "model.xml"
+PROPERTIES_FILENAME = "properties.json"
+"""Beside the model: what to compile it with, on whatever machine."""
+
 _INPUTS = (INPUT_IDS, ATTENTION_MASK, TOKEN_TYPE_IDS)
 
 PRECISION_HINTS: dict[Precision, str] = {
@@ -98,20 +102,24 @@ def compile_graph(
     Raises:
         ExportError: OpenVINO cannot convert the graph.
     """
-    path, size_bytes = save_ir(model, directory, precision)
-    return OpenVinoEngine(path, precision, hint=hint), size_bytes
+    path, size_bytes = save_ir(model, directory, precision, hint=hint)
+    return OpenVinoEngine(path), size_bytes
 
 
 def save_ir(
-    model: onnx.ModelProto, directory: Path, precision: Precision
+    model: onnx.ModelProto,
+    directory: Path,
+    precision: Precision,
+    *,
+    hint: str | None = None,
 ) -> tuple[Path, int]:
-    """Convert ``model`` to an IR in ``directory``.
+    """Convert ``model`` to an IR in ``directory``, with what to compile it with.
 
     FP16 stores its weights as float16; INT8 keeps its scales in float32, because a
     scale rounded to float16 moves every value it multiplies.
 
     Returns:
-        The path of ``model.xml`` and the bytes of both files.
+        The path of ``model.xml`` and the bytes of the model's two files.
 
     Raises:
         ExportError: OpenVINO cannot convert the graph.
@@ -141,36 +149,46 @@ def save_ir(
         ) from error
     finally:
         source.unlink(missing_ok=True)
+    write_properties(directory, hint or PRECISION_HINTS[precision])
     return path, sum(p.stat().st_size for p in (path, path.with_suffix(".bin")))
 
 
-class OpenVinoEngine:
-    """A compiled IR in this process, by default with the properties the server uses.
+def write_properties(directory: Path, hint: str) -> None:
+    """Say what a model's float operations run in, to whoever compiles it."""
+    properties = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
+    text = json.dumps(properties, indent=2) + "\n"
+    (directory / PROPERTIES_FILENAME).write_text(text, encoding="utf-8")
 
-    Another ``hint`` (``f32``, ``bf16``) computes the float parts of a graph in another
-    type. With ``threads`` it is one of several that share the cores.
+
+def _read_properties(path: Path) -> dict[str, Any]:
+    text = path.with_name(PROPERTIES_FILENAME).read_text(encoding="utf-8")
+    properties: dict[str, Any] = json.loads(text)
+    return properties
+
+
+class OpenVinoEngine:
+    """A compiled IR in this process, with the properties the server uses.
+
+    With another ``hint`` (``f32``, ``bf16``) float operations run in another type than
+    the server's. With ``threads`` it is one of several that share the cores.
     """
 
     def __init__(
         self,
         path: Path,
-        precision: Precision,
         *,
         hint: str | None = None,
         threads: int | None = None,
     ) -> None:
         openvino = _import_openvino()
         core = openvino.Core()
-        self.hint = hint or PRECISION_HINTS[precision]
+        properties = _read_properties(path) | _share_cores(threads)
+        if hint is not None:
+            properties["INFERENCE_PRECISION_HINT"] = hint
+        self.hint: str = properties["INFERENCE_PRECISION_HINT"]
         with keep_signal_stack():
             self._compiled = core.compile_model(
-                core.read_model(path),
-                "CPU",
-                {
-                    "INFERENCE_PRECISION_HINT": self.hint,
-                    "PERFORMANCE_HINT": "LATENCY",
-                    **_share_cores(threads),
-                },
+                core.read_model(path), "CPU", properties
             )
         self._request = self._compiled.create_infer_request()
         # A port keeps the names of idle operators behind it as well (RoBERTa's cast

@@ -2,7 +2,8 @@
 
 In: int32 tensors [B, S] as the contract names them. Out: float32 start and end logits
 [B, S]. It stands alone: inside Triton neither int8qa nor torch need be installed,
-only numpy and openvino. Precision and warm-up shapes come from ``config.pbtxt``.
+only numpy and openvino. Warm-up shapes come from ``config.pbtxt``, what float
+operations run in from ``properties.json`` beside the model.
 
 Of several instances each can run on all cores, or on its share of them. A batch that
 its sender calls alone gets all: nobody else needs them, and it is answered soonest. Any
@@ -39,17 +40,16 @@ class TritonPythonModel:
         }
         names = {entry["name"] for entry in config["input"]}
         self._inputs = tuple(name for name in INPUTS if name in names)
-        properties: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": parameters["inference_precision_hint"],
-            "PERFORMANCE_HINT": "LATENCY",
-        }
+        directory = Path(args["model_repository"]) / args["model_version"]
+        properties: dict[str, Any] = json.loads(
+            (directory / "properties.json").read_text(encoding="utf-8")
+        )
         # Beside a gateway, and other instances, the cores are not this one's to pin.
         properties["ENABLE_CPU_PINNING"] = False
         threads = int(os.environ.get("INT8QA_EMBEDDED__ENGINE_THREADS", "0"))
         if threads:
             properties["INFERENCE_NUM_THREADS"] = threads
         instances = sum(group["count"] for group in config["instance_group"])
-        directory = Path(args["model_repository"]) / args["model_version"]
         core = openvino.Core()
         model = core.read_model(directory / "model.xml")
         compiled = core.compile_model(model, "CPU", properties)
