@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from int8qa.contract import Precision
 from int8qa.errors import (
@@ -24,6 +26,7 @@ from tests.gateway.fakes import (
     FakeEngine,
     Service,
     build_contract,
+    listen,
     open_service,
     wait_until,
 )
@@ -323,3 +326,42 @@ async def test_unforeseen_error_is_a_bare_500():
             assert "canary" not in text
             assert "KeyError" not in text
             assert KEEPER not in text
+
+
+async def test_prometheus_that_goes_in_the_middle_of_a_scrape(service: Service):
+    """Scrapers that leave unread disturb no question, and take no count with them."""
+    questions = 20
+
+    async def scrape_and_leave(host: str, port: int) -> None:
+        _, writer = await asyncio.open_connection(host, port)
+        writer.write(b"GET /metrics HTTP/1.1\r\nHost: gateway\r\n\r\n")
+        await writer.drain()
+        # Not close(): what arrives afterwards meets a reset, as of a killed process.
+        writer.transport.abort()
+
+    async with listen(service) as url, httpx.AsyncClient(base_url=url) as client:
+        before = read_answers((await client.get("/metrics")).text)
+        body = {"question": QUESTION, "context": CONTEXT}
+        at = httpx.URL(url)
+        assert at.port is not None
+        for _ in range(questions):
+            leavers = [scrape_and_leave(at.host, at.port) for _ in range(5)]
+            response, *_ = await asyncio.gather(
+                client.post("/v1/answer", json=body), *leavers
+            )
+            assert response.json()["answer"]["text"] == KEEPER
+        # None came for a while; the next one finds all that happened meanwhile.
+        after = read_answers((await client.get("/metrics")).text)
+        assert after - before == questions
+
+
+def read_answers(metrics: str) -> float:
+    """Answered requests to /v1/answer, of the text of /metrics."""
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(metrics)
+        for sample in family.samples
+        if sample.name == "int8qa_request_seconds_count"
+        and sample.labels["route"] == "/v1/answer"
+        and sample.labels["outcome"] == "ok"
+    )

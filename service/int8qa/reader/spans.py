@@ -170,23 +170,24 @@ def _rank_candidates(
     """The ``count`` most probable [first, last] token pairs, best first.
 
     ``start`` and ``end`` are [C]; only the band of pairs at most ``max_answer_tokens``
-    long is computed, [C, width] instead of [C, C].
+    long is computed, [width, C] instead of [C, C].
     """
     width = min(max_answer_tokens, len(start))
     padded = np.zeros(len(end) + width - 1, dtype=np.float32)
     padded[: len(end)] = end
-    band = np.lib.stride_tricks.sliding_window_view(padded, width)
-    scores = (start[:, None] * band).ravel()
-    if count == 1:
-        order = scores.argmax(keepdims=True)
-    elif count >= len(scores):
-        order = np.argsort(-scores, kind="stable")
-    else:
-        # Sorted indices first, so that of equal scores the earlier span wins.
-        chosen = np.sort(np.argpartition(-scores, count)[:count])
-        order = chosen[np.argsort(-scores[chosen], kind="stable")]
+    # Row k is end[k : k + C]; numpy's own view of it costs as much as all the rest.
+    band: FloatArray = np.ndarray(
+        (width, len(start)), np.float32, padded, 0, padded.strides * 2
+    )
+    scores = band * start
+    # A pair among the best is in one of as many columns of the best maxima. Stable, and
+    # sorted again, so that of equal scores the earlier span wins.
+    columns = np.sort(np.argsort(-scores.max(axis=0), kind="stable")[:count])
+    scores = scores.T[columns].ravel()
+    order = np.argsort(-scores, kind="stable")[:count]
     order = order[scores[order] > 0.0]
-    first, length = np.divmod(order, width)
+    column, length = np.divmod(order, width)
+    first = columns[column]
     return first, first + length, scores[order]
 
 
@@ -210,4 +211,7 @@ def _locate_candidates(
         )
         first = np.where(in_words, word_start, first)
         last = np.where(in_words, word_end, last)
-    return np.stack((window.offsets[first, 0], window.offsets[last, 1]), axis=1)
+    characters = np.empty((len(first), 2), dtype=np.int32)
+    characters[:, 0] = window.offsets[first, 0]
+    characters[:, 1] = window.offsets[last, 1]
+    return characters
