@@ -70,6 +70,7 @@ def make_run(scenario: str, precision: str, **changes: Any) -> dict[str, Any]:
             }.items()
         },
         "cdf_ms": None if offline else [slow * (10 + 0.2 * i) for i in range(103)],
+        "by_length": [],
         "time_ms": {
             "tokenize": 0.3,
             "queue": 1.0,

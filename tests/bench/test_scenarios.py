@@ -93,6 +93,8 @@ def test_all_scenarios(question_file: Path) -> None:
             assert run["cdf_ms"] == sorted(run["cdf_ms"])
             assert run["cdf_ms"][-1] == pytest.approx(latency["max"], abs=0.002)
             assert run["generator"]["request_ms"] <= latency["mean"]
+        grouped = sum(group["queries"] for group in run["by_length"])
+        assert grouped == (run["queries"] if run["scenario"] == "SingleStream" else 0)
     for name in ("int8", "fp16"):
         server = [
             run

@@ -124,6 +124,7 @@ def _describe_test(spec: LoadSpec, outcome: Outcome, log: LoadgenLog) -> dict[st
         "cdf_ms": None
         if offline or not log.latency_ms.size
         else [round(float(v), 3) for v in np.percentile(log.latency_ms, CDF_POINTS)],
+        "by_length": outcome.by_length,
         "time_ms": _break_down(use, request_ms, None if offline else log),
         "gateway": None if use is None else asdict(use) | {"edge_ms": use.edge_ms},
         "generator": {
@@ -188,5 +189,11 @@ def describe_in_words(run: dict[str, Any]) -> str:
     latency = run["latency_ms"]
     if latency:
         parts.append(f"p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms,")
+    if run["by_length"]:
+        ratios = [group["ratio"] for group in run["by_length"]]
+        parts.append(
+            f"p99 {min(ratios):.2f} to {max(ratios):.2f} × p50 among questions of like "
+            f"length,"
+        )
     parts.append("valid" if run["valid"] else "invalid: " + "; ".join(run["reasons"]))
     return " ".join(parts)
