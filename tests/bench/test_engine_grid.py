@@ -95,7 +95,7 @@ def test_models_beside_older_ones(
     (repository / CONTRACT_FILENAME).write_text(later.model_dump_json())
     opened: list[Path] = []
 
-    def refuse(path: Path, _: Precision, **__: object) -> None:
+    def refuse(path: Path, **_: object) -> None:
         opened.append(path)
         raise ContractError(str(path))
 

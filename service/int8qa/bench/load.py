@@ -17,14 +17,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from int8qa.bench.wire import REFUSED, TIMED_OUT, Address, ConnectionPool, Reply
 from int8qa.errors import Int8qaError
@@ -36,9 +33,6 @@ TIMEOUT_S = 75.0
 the gateway's own deadline, whose 504 says more."""
 MAX_FAILURES = 100
 """The test ends after so many: one is enough to make it invalid."""
-LENGTH_GROUPS = 10
-MIN_GROUP = 50
-"""Of fewer answers a 99th percentile is all but the slowest of them."""
 SEED = 20_261_123
 """Of questions, their order and their arrival: every precision sees the same."""
 
@@ -102,45 +96,13 @@ class Outcome:
     metrics_before: str | None = None
     """The gateway's ``/metrics``; None if it has none."""
     metrics_after: str | None = None
-    by_length: list[dict[str, float]] = field(default_factory=list)
-    """SingleStream: the answers in groups of like length, see ``group_by_length``."""
+    timings: list[tuple[int, float]] = field(default_factory=list)
+    """Of SingleStream's answers: bytes of the request, seconds until the answer."""
 
     def write(self, directory: str) -> None:
         """As ``outcome.json``."""
         path = Path(directory) / OUTCOME_FILENAME
         path.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
-
-
-def group_by_length(
-    timings: Sequence[tuple[int, float]], groups: int = LENGTH_GROUPS
-) -> list[dict[str, float]]:
-    """Latencies of requests of like length, the shortest first.
-
-    A p99 over all lengths says most of all how unequal the questions are; within a
-    group it is the service's own tail.
-
-    Args:
-        timings: bytes of a request's body, and seconds until its answer.
-        groups: of as many requests each, give or take one; fewer where a group would
-            have less than ``MIN_GROUP``.
-    """
-    groups = min(groups, len(timings) // MIN_GROUP)
-    if not groups:
-        return []
-    described = []
-    for part in np.array_split(np.array(sorted(timings), np.float64), groups):
-        p50, p99 = 1e3 * np.percentile(part[:, 1], (50, 99))
-        described.append(
-            {
-                "bytes_from": int(part[0, 0]),
-                "bytes_to": int(part[-1, 0]),
-                "queries": len(part),
-                "p50_ms": round(float(p50), 3),
-                "p99_ms": round(float(p99), 3),
-                "ratio": round(float(p99 / p50), 3),
-            }
-        )
-    return described
 
 
 class LoadDriver:
@@ -166,8 +128,6 @@ class LoadDriver:
             for question in questions
         ]
         self._pool = ConnectionPool(self._address, spec.connections, TIMEOUT_S)
-        self._timings: list[tuple[int, float]] = []
-        """Of SingleStream: bytes sent, seconds."""
         self._loop = new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -181,7 +141,6 @@ class LoadDriver:
             cpu_s = read_cpu_s()
             self._test()
             outcome.cpu_s = read_cpu_s() - cpu_s
-            outcome.by_length = group_by_length(self._timings)
             outcome.metrics_after = self._await(self._read_metrics())
         outcome.write(self.spec.directory)
 
@@ -230,7 +189,7 @@ class LoadDriver:
             outcome.answers += 1
             outcome.request_seconds += reply.seconds
             if self.spec.scenario == "SingleStream":
-                self._timings.append((len(self._requests[index]), reply.seconds))
+                outcome.timings.append((len(self._requests[index]), reply.seconds))
             return
         kinds = outcome.failures
         kinds[reply.failure] = kinds.get(reply.failure, 0) + 1

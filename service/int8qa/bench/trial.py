@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from int8qa.bench.gateway_metrics import GatewayUse, measure_use
+from int8qa.bench.length_groups import group_by_length
 from int8qa.bench.load import OUTCOME_FILENAME, LoadSpec, Outcome
 from int8qa.bench.loadgen_logs import LoadgenLog, read_logs
 from int8qa.errors import GatewayRequestError, Int8qaError
@@ -124,7 +125,7 @@ def _describe_test(spec: LoadSpec, outcome: Outcome, log: LoadgenLog) -> dict[st
         "cdf_ms": None
         if offline or not log.latency_ms.size
         else [round(float(v), 3) for v in np.percentile(log.latency_ms, CDF_POINTS)],
-        "by_length": outcome.by_length,
+        "by_length": group_by_length(outcome.timings),
         "time_ms": _break_down(use, request_ms, None if offline else log),
         "gateway": None if use is None else asdict(use) | {"edge_ms": use.edge_ms},
         "generator": {

@@ -1,10 +1,10 @@
-"""What the load generator makes of latencies, without a load."""
+"""Latencies among requests of like length, by hand."""
 
 from __future__ import annotations
 
 import pytest
 
-from int8qa.bench.load import MIN_GROUP, group_by_length
+from int8qa.bench.length_groups import MIN_GROUP, group_by_length
 
 
 def test_groups_of_like_length() -> None:
