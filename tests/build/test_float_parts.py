@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -54,3 +55,25 @@ def test_chosen_once(
     monkeypatch.setattr(float_parts, "choose_hint", lambda _: pytest.fail("again"))
     second, _ = compiler.compile(graph, tmp_path)
     assert second.hint == winner
+
+
+def test_reference_kernels_are_not_timed(
+    graphs: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A type without fast kernels is left out before anything waits for it."""
+    monkeypatch.setattr(float_parts, "list_int8_hints", lambda _: ("f32", "bf16"))
+    monkeypatch.setattr(float_parts, "time_engines", lambda *_: pytest.fail("timed"))
+
+    class Slow(OpenVinoEngine):
+        """As if OpenVINO had nothing but its reference for float32."""
+
+        def __init__(self, path: Path, *, hint: str | None = None) -> None:
+            super().__init__(path, hint=hint)
+            slow = int(self.hint == "f32")
+            self.execution = replace(self.execution, reference_gemms=slow)
+
+    monkeypatch.setattr(float_parts, "OpenVinoEngine", Slow)
+    compiler = Int8Compiler(INPUTS, 32)
+    graph = onnx.load_from_string(graphs.quantized_clean)
+    engine, _ = compiler.compile(graph, tmp_path)
+    assert engine.hint == compiler.hint == "bf16"

@@ -24,7 +24,7 @@ def group_by_length(
     group it is the service's own tail.
 
     Args:
-        timings: bytes of a request's body, and seconds until its answer.
+        timings: bytes of a request, and seconds until its answer.
         groups: of as many requests each, give or take one; fewer where a group would
             have less than ``MIN_GROUP``.
     """

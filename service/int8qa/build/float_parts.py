@@ -66,20 +66,25 @@ class Int8Compiler:
             return compile_graph(graph, directory, Precision.INT8, hint=self.hint)
         path, size_bytes = save_ir(graph, directory, Precision.INT8)
         finest = OpenVinoEngine(path)
-        engines = {finest.hint: finest}
-        for hint in list_int8_hints(finest.execution.capabilities):
-            if hint not in engines:
-                engine = OpenVinoEngine(path, hint=hint)
-                # In reference kernels it would take minutes to lose.
-                if not engine.execution.reference_gemms:
-                    engines[hint] = engine
-        self.parts = self._choose(engines)
+        engines = {finest.hint: finest} | {
+            hint: OpenVinoEngine(path, hint=hint)
+            for hint in list_int8_hints(finest.execution.capabilities)
+            if hint != finest.hint
+        }
+        # In reference kernels an engine would take minutes to lose.
+        sound = {
+            hint: engine
+            for hint, engine in engines.items()
+            if not engine.execution.reference_gemms
+        }
+        self.parts = self._choose(sound or {finest.hint: finest})
         write_properties(directory, self.hint)
         return engines[self.hint], size_bytes
 
     def _choose(self, engines: Mapping[str, OpenVinoEngine]) -> FloatParts:
         if len(engines) == 1:
-            return FloatParts(PRECISION_HINTS[Precision.INT8], {})
+            (hint,) = engines
+            return FloatParts(hint, {})
         infers = {hint: engine.infer for hint, engine in engines.items()}
         ms = medians(time_engines(infers, self._shapes, self._inputs))
         return FloatParts(choose_hint(ms), ms)
