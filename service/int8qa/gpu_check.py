@@ -180,7 +180,10 @@ def _compare(options: BuildOptions, infers: Mapping[str, Infer]) -> dict[str, Ac
     files = resolve_checkpoint(options.checkpoint, revision=options.revision)
     with tempfile.TemporaryDirectory() as scratch:
         subject = load_subject(
-            files, options.sources, Path(scratch) / TOKENIZER_FILENAME
+            files,
+            options.sources,
+            Path(scratch) / TOKENIZER_FILENAME,
+            bucket_step=options.bucket_step,
         )
     reader = wrap_model(subject.checkpoint.model)
     reference = subject.answer(run_torch(reader, subject.inputs))

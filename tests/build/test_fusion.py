@@ -23,7 +23,7 @@ def rules(findings: list[Finding]) -> list[str]:
     return [finding.rule.name for finding in findings]
 
 
-@pytest.mark.parametrize("recipe", ["linear", "full"])
+@pytest.mark.parametrize("recipe", ["linear", "gemms", "full"])
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "electra"])
 def test_good_graphs(calibrated: Calibrated, name: str, recipe: str) -> None:
     """What the build gives to TensorRT keeps all rules, in every architecture."""

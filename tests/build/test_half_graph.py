@@ -53,7 +53,7 @@ def deviation(
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("recipe", ["linear", "full"])
+@pytest.mark.parametrize("recipe", ["linear", "gemms", "full"])
 def test_same_function(calibrated: Calibrated, name: str, recipe: str) -> None:
     """Of every architecture and recipe the logits stay, but for float16's rounding."""
     source = calibrated(name)
@@ -76,7 +76,7 @@ def test_same_function(calibrated: Calibrated, name: str, recipe: str) -> None:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("recipe", ["linear", "full"])
+@pytest.mark.parametrize("recipe", ["linear", "gemms", "full"])
 def test_folding_alone(calibrated: Calibrated, name: str, recipe: str) -> None:
     """In float32, products inside constants give what they gave outside."""
     source = calibrated(name)

@@ -51,6 +51,21 @@ def test_int8_that_runs(gemms: dict[str, int]) -> None:
     assert check_execution(found, Precision.INT8, quantized_gemms=36) == []
 
 
+@pytest.mark.parametrize(
+    ("attentions", "ran"), [({"f32": 6}, 0), ({"i8": 4, "f32": 2}, 4), ({"i8": 6}, 6)]
+)
+def test_attention_that_runs_in_float(attentions: dict[str, int], ran: int) -> None:
+    """Not an error, but said, with what would do as well."""
+    found = replace(execution({"i8": 36}, OLD_CPU), attentions=attentions)
+    remarks = check_execution(
+        found, Precision.INT8, quantized_gemms=36, quantized_attentions=6
+    )
+    assert [r.partition(" in INT8")[0] for r in remarks] == [
+        f"OpenVINO runs {ran} of 6 quantized attentions"
+    ] * (ran < 6)
+    assert check_execution(found, Precision.INT8, quantized_gemms=36) == []
+
+
 @pytest.mark.parametrize("gemms", [{"f32": 37}, {"f16": 36, "f32": 1}, {"bf16": 37}])
 def test_unused_half_kernels(gemms: dict[str, int]) -> None:
     """A CPU with float16 kernels has to use them for all GEMMs."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from int8qa.build import options as options_module
 from int8qa.build.calibration import Calibrator
 from int8qa.build.engines.tensorrt_options import Flavour, PlanOptions
 from int8qa.build.options import (
@@ -24,15 +26,18 @@ from tests.build.builds import change_options
 
 def test_advice_names_what_was_not_tried() -> None:
     """The most promising first; nothing that is already done."""
-    first = list_advice(
-        BuildOptions(
-            recipe=dataclasses.replace(RECIPES["full"], per_channel=False), smooth=False
-        )
-    )
-    assert [step.split()[0] for step in first[:5]] == [
-        *("--recipe", "--smooth", "--calibrator", "--weights", "--mixed"),
+    full = dataclasses.replace(RECIPES["full"], per_channel=False)
+    first = list_advice(BuildOptions(smooth=False), full)
+    assert [step.split()[:2] for step in first[:2]] == [
+        ["--recipe", "gemms"],
+        ["--recipe", "linear"],
     ]
-    last = list_advice(BuildOptions(calibrator=Calibrator("search"), mixed=True))
+    assert [step.split()[0] for step in first[2:6]] == [
+        *("--smooth", "--calibrator", "--weights", "--mixed"),
+    ]
+    assert list_advice(BuildOptions(smooth=False), RECIPES["gemms"])[0] == first[1]
+    done = BuildOptions(calibrator=Calibrator("search"), mixed=True)
+    last = list_advice(done, RECIPES["linear"])
     assert not any(step.startswith("--") for step in last)
     assert len(last) == 2
 
@@ -87,6 +92,35 @@ def test_smoothed_are_among_those_compared(
     """SmoothQuant is tried with the default and the search, if they were asked for."""
     options = LaboratoryOptions(calibrators=calibrators, smooth=smooth)
     assert [one.name for one in options.smoothed_calibrators] == smoothed
+
+
+def test_recipe_nobody_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was asked for, else what was trained with, else what suits the target."""
+    stored = {"recipe": "full"}
+    monkeypatch.setattr(
+        options_module,
+        "read_ranges",
+        lambda _: SimpleNamespace(**stored) if stored else None,
+    )
+    plans = PlanOptions()
+
+    def choose(**choice: Any) -> str:
+        return BuildOptions(**choice).choose_recipe(tmp_path).name
+
+    assert choose(recipe=RECIPES["linear"]) == "linear"
+    assert choose() == choose(plans=plans) == "full"
+    assert choose(keep_trained=False) == "gemms"
+    assert choose(keep_trained=False, plans=plans) == "linear"
+    stored["recipe"] = "of-ones-own"
+    assert choose() == "gemms"
+    stored.clear()
+    assert (choose(), choose(plans=plans)) == ("gemms", "linear")
+
+
+def test_lengths_are_coarser_for_plans() -> None:
+    """A GPU pays for calls, a CPU for tokens."""
+    assert BuildOptions().bucket_step == 16
+    assert BuildOptions(plans=PlanOptions()).bucket_step == 32
 
 
 def test_target_is_that_of_the_plans() -> None:

@@ -123,7 +123,7 @@ def test_manifest(built: Built) -> None:
     assert manifest["checkpoint"]["name"] == "tiny-bert"
     assert manifest["manifest_version"] == 2
     recipe = manifest["recipe"]
-    assert (recipe["name"], recipe["weights"]) == ("linear", "per-channel")
+    assert (recipe["name"], recipe["weights"]) == ("gemms", "per-channel")
     assert recipe["share_qkv"] is False
     assert {"subject": "qkv_input", "enable": True, "per_channel": None} in recipe[
         "rules"
@@ -138,11 +138,12 @@ def test_manifest(built: Built) -> None:
         # Two implementations never agree to the last bit: 0 would be a self-comparison.
         assert 0 < deviations[rule.conversion] <= rule.tolerance
     assert manifest["demo"] is False
-    assert manifest["census"]["quantized_matmuls"] == 12
+    assert manifest["census"]["quantized_matmuls"] == 16
     by_class = manifest["census"]["by_class"]
     assert by_class["qkv_weight"] == {"sites": 6, "quantized": 6, "per_channel": 6}
-    assert by_class["query"] == {"sites": 2, "quantized": 0, "per_channel": 0}
-    assert len(manifest["activation_amax"]) == 12
+    assert by_class["query"] == {"sites": 2, "quantized": 2, "per_channel": 0}
+    assert by_class["ffn_residual"]["quantized"] == 0
+    assert len(manifest["activation_amax"]) == 12 + 2 * 4
     assert len(manifest["smoothing_alpha"]) == 12
     assert manifest["mixed"] is None
     assert manifest["searched"] == {}
@@ -169,7 +170,7 @@ def test_manifest(built: Built) -> None:
             assert times["p99_ms"] >= times["p50_ms"] > 0
     assert manifest["recommended"] in {"int8", "fp16", "fp32"}
     assert manifest["verdict"].startswith("On ")
-    assert "INT8 (linear, percentile-99.999)" in manifest["verdict"]
+    assert "INT8 (gemms, percentile-99.999)" in manifest["verdict"]
     assert manifest["inputs"]["versions"].keys() >= {"torch", "openvino", "int8qa"}
 
 
@@ -180,12 +181,12 @@ def test_contract(built: Built) -> None:
     assert contract == built.outcome.contract
     assert contract.inputs == ("input_ids", "attention_mask", "token_type_ids")
     assert contract.max_window_tokens == POSITIONS
-    assert contract.sequence_buckets == tuple(range(32, POSITIONS + 1, 32))
+    assert contract.sequence_buckets == tuple(range(16, POSITIONS + 1, 16))
     tokenizer = ReaderTokenizer.from_file(repository / "tokenizer.json")
     assert contract.tokenizer_sha256 == tokenizer.fingerprint
     assert contract.models.keys() == set(Precision)
     int8, fp32 = contract.models[Precision.INT8], contract.models[Precision.FP32]
-    assert (int8.calibrator, int8.recipe) == ("percentile-99.999", "linear")
+    assert (int8.calibrator, int8.recipe) == ("percentile-99.999", "gemms")
     assert (fp32.calibrator, fp32.recipe) == ("none", "none")
     assert contract.verdict == built.outcome.manifest["verdict"]
     assert contract.recommended == Precision(built.outcome.manifest["recommended"])
@@ -479,7 +480,7 @@ def test_calibrators(built: Built, tmp_path: Path, method: Any) -> None:
     assert manifest["calibrator"] == method
     assert manifest["smoothing_alpha"] == {}
     amax = manifest["activation_amax"]
-    assert len(amax) == 12
+    assert len(amax) == 12 + 2 * 4  # the GEMMs' inputs, attention's operands
     assert all(value > 0 for value in amax.values())
     contract = load_contract(options.model_repository)
     assert contract.models[Precision.INT8].calibrator == method
@@ -536,7 +537,7 @@ def test_failed_gate_says_what_to_try(
     assert "% of FP32's F1" in message
     assert "over 12 questions" in message
     assert "the gate asks for 99 %" in message
-    advice = list_advice(options)
+    advice = list_advice(options, RECIPES["gemms"])
     assert all(step in message for step in advice[:3])
     assert advice[3] not in message
     assert not options.model_repository.exists()
@@ -549,6 +550,7 @@ def options_to_mix(built: Built, answered: Path, tmp_path: Path) -> BuildOptions
         tmp_path,
         evaluation=answered,
         gate=0.9,
+        recipe=RECIPES["linear"],
         calibrator=Calibrator("percentile", 97.0),
         smooth=False,
         mixed=True,
@@ -619,7 +621,14 @@ def test_each_engine_is_checked_once(
     """As soon as it is compiled, for what it was compiled to; each remark is kept."""
     checked: list[tuple[Precision, int]] = []
 
-    def remark(execution: Any, precision: Precision, *, quantized_gemms: int) -> Any:
+    def remark(
+        execution: Any,
+        precision: Precision,
+        *,
+        quantized_gemms: int,
+        quantized_attentions: int,
+    ) -> Any:
+        assert quantized_attentions == 0
         checked.append((precision, quantized_gemms))
         assert sum(execution.gemms.values()) > 12
         return [f"{precision} is slow"]
@@ -646,7 +655,7 @@ def test_mixed_without_need(built: Built, answered: Path, tmp_path: Path) -> Non
     )
     manifest = build(options).manifest
     assert manifest["mixed"] == {"moved": [], "speed_of_pure_int8": {}, "steps": []}
-    assert manifest["census"]["quantized_matmuls"] == 12
+    assert manifest["census"]["quantized_matmuls"] == 16
 
 
 @pytest.mark.usefixtures("one_shape")
@@ -662,14 +671,20 @@ def test_mixed_that_cannot_reach_the_gate(
     compare = pipeline.compare_answers
     monkeypatch.setattr(pipeline, "compare_answers", spoil)
     options = options_for(
-        built, tmp_path, evaluation=answered, gate=1.0, mixed=True, smooth=False
+        built,
+        tmp_path,
+        recipe=RECIPES["linear"],
+        evaluation=answered,
+        gate=1.0,
+        mixed=True,
+        smooth=False,
     )
     with pytest.raises(
         AccuracyGateError, match="even with 7 of 8 units in float"
     ) as caught:
         build(options)
     message = str(caught.value)
-    assert all(step in message for step in list_advice(options)[:3])
+    assert all(step in message for step in list_advice(options, RECIPES["linear"])[:3])
     assert "--mixed" not in message
     assert "--gate 0.8" in message
     assert not options.model_repository.exists()

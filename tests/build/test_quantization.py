@@ -55,8 +55,12 @@ def test_linear_recipe(name: str) -> None:
 def test_full_recipe(name: str) -> None:
     """Besides, the four operands of attention and each residual add's other branch."""
     _, sites = insert_and_find(name)
-    linear, full = (RECIPES[recipe].choose(sites) for recipe in ("linear", "full"))
-    assert linear.names < full.names
+    linear, gemms, full = (RECIPES[r].choose(sites) for r in RECIPES)
+    assert linear.names < gemms.names < full.names
+    assert {s.tensor_class for s in full.sites if s.name not in gemms.names} == {
+        TensorClass.ATTENTION_RESIDUAL,
+        TensorClass.FFN_RESIDUAL,
+    }
     added = [s.tensor_class for s in full.sites if s.name not in linear.names]
     assert sorted(added) == sorted(
         2
@@ -258,6 +262,12 @@ def test_full_needs_attention_that_lets_quantizers_in() -> None:
         r"attention lets no quantizer in.*Use the recipe linear",
     ):
         RECIPES["full"].choose(SITES)
+
+
+def test_gemms_without_attention_is_linear() -> None:
+    """Attention that lets no quantizer in stays in float."""
+    linear, gemms = (RECIPES[name].choose(SITES) for name in ("linear", "gemms"))
+    assert gemms.names == linear.names
 
 
 def test_patterns_are_case_sensitive() -> None:

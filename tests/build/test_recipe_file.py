@@ -142,7 +142,7 @@ def test_later_rules_win(tmp_path: Path) -> None:
         (
             "name: a\nbase: lineer\n",
             (
-                r"base \(line 2\) is 'lineer': allowed: linear, full "
+                r"base \(line 2\) is 'lineer': allowed: linear, gemms, full "
                 r"\(did you mean linear\?\)"
             ),
         ),

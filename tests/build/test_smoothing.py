@@ -98,7 +98,7 @@ def uneven() -> Uneven:
     return make_uneven()
 
 
-@pytest.mark.parametrize("recipe", ["linear", "full"])
+@pytest.mark.parametrize("recipe", ["linear", "gemms", "full"])
 def test_smoothing_keeps_the_float_function(
     uneven: Uneven, windows: list[Window], recipe: str
 ) -> None:

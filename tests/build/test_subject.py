@@ -57,7 +57,7 @@ def test_subject(loaded: Subject, question_files: tuple[Path, Path]) -> None:
     assert ids(loaded.calibration) == [q.id for q in load_questions(calibration)]
     assert loaded.questions == load_questions(evaluation)
     assert loaded.inputs == ("input_ids", "attention_mask", "token_type_ids")
-    assert loaded.buckets == tuple(range(32, POSITIONS + 1, 32))
+    assert loaded.buckets == tuple(range(16, POSITIONS + 1, 16))
     assert loaded.max_window_tokens == POSITIONS
     windows = [w for item in loaded.calibration for w in item.windows]
     assert loaded.calibration_windows == windows
@@ -189,7 +189,7 @@ def test_impossible_questions_are_left_out(
 
 @pytest.mark.parametrize(
     ("positions", "buckets"),
-    [(31, None), (32, (32,)), (95, (32, 64)), (512, tuple(range(32, 385, 32)))],
+    [(31, None), (32, (16, 32)), (63, (16, 32, 48)), (512, tuple(range(16, 385, 16)))],
 )
 def test_positions(
     files: CheckpointFiles,

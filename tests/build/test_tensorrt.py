@@ -49,7 +49,7 @@ needs_rtx = pytest.mark.skipif(
 )
 CAPABILITIES = ("sm75", "sm80", "sm86", "sm89", "sm120")
 BUCKETS = tuple(range(32, 385, 32))
-QUANTIZED = {"linear": 12, "full": 16}
+QUANTIZED = {"linear": 12, "gemms": 16, "full": 16}
 """GEMMs of the tiny reader in INT8: 6 a layer, with attention's own 8."""
 SMALL = [Profile((1, 1), (2, 32), (4, 64))]
 
@@ -183,7 +183,7 @@ def test_no_gpu(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_rtx
-@pytest.mark.parametrize("recipe", ["linear", "full"])
+@pytest.mark.parametrize("recipe", ["linear", "gemms", "full"])
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "electra"])
 def test_network_of_a_recipe(calibrated: Calibrated, name: str, recipe: str) -> None:
     """TensorRT's own parser sees every GEMM of the recipe read INT8 on both sides."""
@@ -320,7 +320,7 @@ def test_builder_errors(graphs: Graphs, tmp_path: Path) -> None:
 
 
 @needs_rtx
-@pytest.mark.parametrize("recipe", ["linear", "full"])
+@pytest.mark.parametrize("recipe", ["linear", "gemms", "full"])
 def test_attention_fuses(calibrated: Calibrated, recipe: str) -> None:
     """By the builder's own figures, attention keeps no scores in memory."""
     model = project_half(calibrated("bert"), recipe)

@@ -55,7 +55,7 @@ def test_round_trip(precision: Precision) -> None:
     assert [tensor.name for tensor in config.output] == ["start_logits", "end_logits"]
     assert {tensor.data_type for tensor in config.output} == {11}  # TYPE_FP32
     parameters = {key: value.string_value for key, value in config.parameters.items()}
-    assert json.loads(parameters["sequence_buckets"]) == list(range(32, 385, 32))
+    assert json.loads(parameters["sequence_buckets"]) == list(range(16, 385, 16))
     assert json.loads(parameters["batch_sizes"]) == [1, 2, 4, 8]
     assert json.loads(parameters["max_batch_tokens"]) == 1024
 

@@ -82,13 +82,15 @@ def build(
         ),
     ] = False,
     recipe: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Which tensors become INT8. linear: the GEMMs with weights; full: "
-            "also attention's GEMMs and the residual adds; or a YAML file "
-            "(docs/recipes/gentle.yaml)."
+            help="Which tensors become INT8. linear: the GEMMs with weights; gemms: "
+            "also attention's GEMMs; full: also the residual adds; or a YAML file "
+            "(docs/recipes/gentle.yaml).  [default: what the checkpoint was trained "
+            "with by `int8qa train --qat`, else gemms, and linear for TensorRT]",
+            show_default=False,
         ),
-    ] = "linear",
+    ] = None,
     weights: Annotated[
         WeightScales | None,
         typer.Option(
@@ -177,10 +179,10 @@ def build(
     """Turn a checkpoint into calibrated INT8, FP16 and FP32 engines for Triton."""
     from int8qa.build.options import BuildOptions
     from int8qa.build.pipeline import build_repository
+    from int8qa.build.quantization import choose_default
     from int8qa.build.report import show_manifest
 
     ranges = choose_calibrator(calibrator or "percentile", percentile)
-    chosen = load_recipe_argument(recipe, weights, share_qkv=share_qkv)
     plans = choose_plans(
         target,
         compute_capability,
@@ -192,13 +194,10 @@ def build(
         calibration_data, evaluation_data, calibration_limit, evaluation_limit
     )
     given = {} if checkpoint is None else {"checkpoint": checkpoint}
-    if explain:
-        files = resolve_argument(checkpoint, revision)
-        blocks = None
-        if plans is not None:
-            blocks = _find_blocks(files, sources, chosen, smooth=smooth)
-        _explain(files, chosen, blocks, as_json=as_json)
-        return
+    chosen = None
+    if (recipe, weights, share_qkv) != (None, None, None):
+        name = recipe or choose_default(target).name
+        chosen = load_recipe_argument(name, weights, share_qkv=share_qkv)
     settings = load_settings()
     options = BuildOptions(
         model_repository=model_repository or settings.model_repository,
@@ -215,6 +214,12 @@ def build(
         beside=beside,
         **given,
     )
+    if explain:
+        files = resolve_argument(checkpoint, revision)
+        asked = options.choose_recipe(files.directory)
+        blocks = None if plans is None else _find_blocks(files, options, asked)
+        _explain(files, asked, blocks, as_json=as_json)
+        return
     outcome = build_repository(options)
     if as_json:
         print(json.dumps(outcome.manifest, indent=2, ensure_ascii=False))
@@ -224,7 +229,7 @@ def build(
     print(f"{options.model_repository}: {state}", file=sys.stderr, flush=True)
 
 
-def _find_blocks(files: Any, sources: Any, recipe: Any, *, smooth: bool) -> list[str]:
+def _find_blocks(files: Any, options: Any, recipe: Any) -> list[str]:
     """Where the graph would keep TensorRT from fusing, a line each."""
     import tempfile
 
@@ -232,10 +237,15 @@ def _find_blocks(files: Any, sources: Any, recipe: Any, *, smooth: bool) -> list
     from int8qa.build.subject import load_subject
     from int8qa.contract import TOKENIZER_FILENAME
 
-    sources.check()
+    options.sources.check()
     with tempfile.TemporaryDirectory() as scratch:
-        subject = load_subject(files, sources, Path(scratch) / TOKENIZER_FILENAME)
-        found = list_fusion_blocks(subject, recipe, smooth=smooth)
+        subject = load_subject(
+            files,
+            options.sources,
+            Path(scratch) / TOKENIZER_FILENAME,
+            bucket_step=options.bucket_step,
+        )
+        found = list_fusion_blocks(subject, recipe, smooth=options.smooth)
     return [str(finding) for finding in found]
 
 

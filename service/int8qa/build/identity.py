@@ -52,7 +52,7 @@ def identify_build(
     sources = options.sources
     identity = {
         "checkpoint": files.name,
-        "recipe": describe_recipe(options.recipe),
+        "recipe": describe_recipe(options.choose_recipe(files.directory)),
         "calibrator": options.calibrator.name,
         "keeps_trained": options.keep_trained and has_ranges(files.directory),
         "smooth": options.smooth,

@@ -47,8 +47,8 @@ def calibrate_compare(
     recipe: Annotated[
         list[str] | None,
         typer.Option(
-            help="linear, full or a YAML file; repeat for several.  [default: linear "
-            "and full]",
+            help="linear, gemms, full or a YAML file; repeat for several.  [default: "
+            "these three]",
             show_default=False,
         ),
     ] = None,
@@ -133,7 +133,9 @@ def sensitivity(
     ] = 200,
     calibration_data: CalibrationDataOption = None,
     calibration_limit: CalibrationLimitOption = None,
-    recipe: Annotated[str, typer.Option(help="linear, full or a YAML file.")] = "full",
+    recipe: Annotated[
+        str, typer.Option(help="linear, gemms, full or a YAML file.")
+    ] = "full",
     calibrator: Annotated[
         str, typer.Option(help=f"{CALIBRATOR_NAMES}.")
     ] = "percentile-99.999",

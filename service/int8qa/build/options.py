@@ -13,8 +13,9 @@ from int8qa.build.accuracy import DEFAULT_GATE
 from int8qa.build.calibration import Calibrator
 from int8qa.build.checkpoint import demo_checkpoint_directory
 from int8qa.build.engines.tensorrt_options import PlanOptions
-from int8qa.build.quantization import RECIPES, Recipe
-from int8qa.build.subject import QuestionSources
+from int8qa.build.quantization import RECIPES, Recipe, choose_default
+from int8qa.build.stored_ranges import read_ranges
+from int8qa.build.subject import BUCKET_STEP, PLAN_BUCKET_STEP, QuestionSources
 from int8qa.errors import BuildError
 
 ALL_CALIBRATORS = (
@@ -38,7 +39,8 @@ class BuildOptions:
     model_repository: Path = Path("model_repository")
     checkpoint: str = field(default_factory=lambda: str(demo_checkpoint_directory()))
     revision: str | None = None
-    recipe: Recipe = RECIPES["linear"]
+    recipe: Recipe | None = None
+    """None: see :meth:`choose_recipe`."""
     calibrator: Calibrator = field(default_factory=Calibrator)
     keep_trained: bool = field(default=True, compare=False)
     """Ranges that the checkpoint was trained with go before the calibrator's. Not
@@ -61,6 +63,28 @@ class BuildOptions:
     def target(self) -> str:
         """The engine that serves: openvino, tensorrt or tensorrt-rtx."""
         return "openvino" if self.plans is None else str(self.plans.flavour)
+
+    @property
+    def bucket_step(self) -> int:
+        """What padded lengths are multiples of, in tokens."""
+        return BUCKET_STEP if self.plans is None else PLAN_BUCKET_STEP
+
+    def choose_recipe(self, directory: Path) -> Recipe:
+        """The recipe asked for, else the one trained with, else the target's default.
+
+        One trained with counts if its ranges are to be kept.
+
+        Args:
+            directory: of the checkpoint.
+
+        Raises:
+            CheckpointError: there are ranges, but damaged or of another format.
+        """
+        if self.recipe is not None:
+            return self.recipe
+        stored = read_ranges(directory) if self.keep_trained else None
+        default = choose_default(self.target)
+        return default if stored is None else RECIPES.get(stored.recipe, default)
 
     @property
     def is_default(self) -> bool:
@@ -123,16 +147,23 @@ class LaboratoryOptions:
                 raise BuildError(f"the calibrator {name} is given twice; once will do")
 
 
-def list_advice(options: BuildOptions) -> list[str]:
-    """What to try when INT8 loses too much, the most promising first."""
+def list_advice(options: BuildOptions, recipe: Recipe) -> list[str]:
+    """What to try when INT8 loses too much, the most promising first.
+
+    Args:
+        options: of the build.
+        recipe: see :meth:`BuildOptions.choose_recipe`.
+    """
     advice = []
-    if options.recipe.name == "full":
-        advice.append("--recipe linear keeps attention and residual adds in float")
+    if recipe.name == "full":
+        advice.append("--recipe gemms keeps residual adds in float")
+    if recipe.name in {"full", "gemms"}:
+        advice.append("--recipe linear keeps attention in float, too")
     if not options.smooth:
         advice.append("--smooth moves outlier channels into the weights")
     if options.calibrator.method != "search":
         advice.append("--calibrator search chooses each range by its logit error")
-    if not options.recipe.per_channel:
+    if not recipe.per_channel:
         advice.append("--weights per-channel")
     if not options.mixed:
         advice.append("--mixed leaves the most sensitive kernels in float")

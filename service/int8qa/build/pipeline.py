@@ -185,6 +185,7 @@ class _Build:
     ) -> None:
         self.options = options
         self.files = files
+        self.asked = options.choose_recipe(files.directory)
         self.staged = staged
         self.progress = progress
         self.remarks: list[str] = []
@@ -201,6 +202,7 @@ class _Build:
                 self.files,
                 self.options.sources,
                 self.staged.directory / TOKENIZER_FILENAME,
+                bucket_step=self.options.bucket_step,
             )
         self.subject = subject
         self.int8 = Int8Compiler(subject.inputs, subject.max_window_tokens)
@@ -214,7 +216,7 @@ class _Build:
             exported = quantized.export(ranges)
         with self.progress.stage("compile for OpenVINO"):
             for precision in (Precision.FP32, Precision.FP16):
-                self._compile(precision, float_graph, quantized_gemms=0)
+                self._compile(precision, float_graph)
                 self._keep(precision, float_graph, quantized_gemms=0)
             census = self._compile_int8(exported, quantized, quantized.plan, ranges)
         answers, deviations = self._hold_engines(torch_answers)
@@ -238,9 +240,8 @@ class _Build:
         latencies = self._time(infers) if self.options.plans is None else {}
         plan = quantized.plan if mixed is None else mixed.plan
         int8 = accuracies[Precision.INT8]
-        self.remarks += check_gate(
-            int8, gate=self.options.gate, advice=list_advice(self.options)
-        )
+        advice = list_advice(self.options, self.asked)
+        self.remarks += check_gate(int8, gate=self.options.gate, advice=advice)
         latency_ms = medians(latencies)
         verdict = self._judge(latency_ms, accuracies)
         built = None
@@ -296,8 +297,7 @@ class _Build:
     @property
     def recipe(self) -> Recipe:
         """The recipe on grids that the target has."""
-        recipe = self.options.recipe
-        return recipe if self.options.plans is None else sign_softmax(recipe)
+        return self.asked if self.options.plans is None else sign_softmax(self.asked)
 
     @property
     def calibrator(self) -> str:
@@ -317,7 +317,7 @@ class _Build:
         self.trained = self._find_trained(quantized.plan, leave_out)
         if options.plans is not None:
             self.remarks += describe_changes(
-                options.recipe,
+                self.asked,
                 quantized.plan,
                 smooth=options.smooth and not self.trained,
             )
@@ -329,7 +329,7 @@ class _Build:
             with self.progress.stage("smooth outliers", steps=len(windows)) as tick:
                 alphas = quantized.smooth(options.calibrator, tick, leave_out=leave_out)
         with self.progress.stage(
-            f"calibrate ({options.recipe.name}, {options.calibrator.name})",
+            f"calibrate ({self.asked.name}, {options.calibrator.name})",
             steps=len(windows),
         ) as tick:
             quantized.collect(tick)
@@ -385,7 +385,7 @@ class _Build:
         return expected, check_parity(EXPORT, expected, found, questions)
 
     def _compile(
-        self, precision: Precision, graph: onnx.ModelProto, *, quantized_gemms: int
+        self, precision: Precision, graph: onnx.ModelProto, plan: Plan | None = None
     ) -> None:
         """The engine of ``precision``, held to what it was asked for."""
         directory = self._engine_directory(precision)
@@ -394,7 +394,10 @@ class _Build:
         else:
             engine, size_bytes = compile_graph(graph, directory, precision)
         self.remarks += check_execution(
-            engine.execution, precision, quantized_gemms=quantized_gemms
+            engine.execution,
+            precision,
+            quantized_gemms=plan.quantized_gemms if plan else 0,
+            quantized_attentions=plan.quantized_attentions if plan else 0,
         )
         self.engines[precision], self.sizes[precision] = engine, size_bytes
 
@@ -423,7 +426,7 @@ class _Build:
         """The INT8 engine of ``plan``, its graph verified first."""
         graph = exported.project(plan, ranges)
         census = take_census(graph, plan, quantized.sites, ranges)
-        self._compile(Precision.INT8, graph, quantized_gemms=plan.quantized_gemms)
+        self._compile(Precision.INT8, graph, plan)
         self._keep(Precision.INT8, graph, quantized_gemms=census.quantized_matmuls)
         return census
 
@@ -500,7 +503,7 @@ class _Build:
                 measure,
                 gate=gate,
                 start=start,
-                advice=list_advice(self.options),
+                advice=list_advice(self.options, self.asked),
                 on_step=tell,
             )
             return mixed, by_plan[mixed.plan.names]
@@ -534,7 +537,7 @@ class _Build:
     ) -> Verdict:
         named = {str(name): accuracy for name, accuracy in accuracies.items()}
         facts: dict[str, Any] = {
-            "recipe": self.options.recipe.name,
+            "recipe": self.asked.name,
             "calibrator": self.calibrator,
             "device": self.engines[Precision.INT8].execution.device,
             "gate": self.options.gate,
@@ -580,7 +583,7 @@ class _Build:
     ) -> dict[Precision, ModelRecord]:
         def record(precision: Precision, engine: ServedEngine) -> ModelRecord:
             int8 = precision is Precision.INT8
-            recipe = self.options.recipe.name + ("+mixed" if self.options.mixed else "")
+            recipe = self.asked.name + ("+mixed" if self.options.mixed else "")
             return ModelRecord(
                 name=precision.model_name,
                 engine=self.options.target,

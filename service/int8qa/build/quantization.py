@@ -13,6 +13,7 @@ import fnmatch
 import heapq
 import io
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -145,6 +146,14 @@ class Plan:
             for site in self.sites
         )
 
+    @property
+    def quantized_attentions(self) -> int:
+        """Attentions with both GEMMs in INT8: all four operands are quantized."""
+        operands = Counter(
+            site.layer for site in self.sites if site.tensor_class in _ATTENTION_CLASSES
+        )
+        return sum(n == len(_ATTENTION_CLASSES) for n in operands.values())
+
     def describe_grid(self, site: Site) -> str:
         """For people: ``float``, ``INT8``, ``UINT8`` or ``INT8 per channel``."""
         if site.name not in self.names:
@@ -193,47 +202,66 @@ _SOMETIMES = (
     TensorClass.OTHER_INPUT,
     TensorClass.OTHER_WEIGHT,
 )
-_ATTENTION_AND_RESIDUAL_CLASSES = (
+_ATTENTION_CLASSES = (
     TensorClass.QUERY,
     TensorClass.KEY,
     TensorClass.VALUE,
     TensorClass.SOFTMAX,
-    TensorClass.ATTENTION_RESIDUAL,
-    TensorClass.FFN_RESIDUAL,
 )
+_RESIDUAL_CLASSES = (TensorClass.ATTENTION_RESIDUAL, TensorClass.FFN_RESIDUAL)
 _LINEAR_RULES = (
     *(Rule(enable=True, tensor_class=c, optional=True) for c in _GEMM_CLASSES),
     *(Rule(enable=True, tensor_class=c, optional=True) for c in _SOMETIMES),
 )
 
 RECIPES: dict[str, Recipe] = {
-    # The GEMMs that have weights. FasterTransformer's mode 1 runs attention's own
-    # GEMMs in INT8 as well (docs/quantization.md has the table).
+    # The GEMMs that have weights.
     "linear": Recipe("linear", _LINEAR_RULES),
-    # Also attention's GEMMs and the residual branches, as FasterTransformer 3.0's
-    # mode 2; the other addend stays in float, where it fuses with its GEMM.
+    # Every GEMM, attention's own as well, as FasterTransformer's mode 1. A model whose
+    # attention lets no quantizer in keeps it in float.
+    "gemms": Recipe(
+        "gemms",
+        (
+            *_LINEAR_RULES,
+            *(
+                Rule(enable=True, tensor_class=c, optional=True)
+                for c in _ATTENTION_CLASSES
+            ),
+        ),
+    ),
+    # Also the residual branches, as FasterTransformer 3.0's mode 2; the other addend
+    # stays in float, where it fuses with its GEMM.
     "full": Recipe(
         "full",
         (
             *_LINEAR_RULES,
             *(
                 Rule(enable=True, tensor_class=c)
-                for c in _ATTENTION_AND_RESIDUAL_CLASSES
+                for c in (*_ATTENTION_CLASSES, *_RESIDUAL_CLASSES)
             ),
         ),
     ),
 }
+"""By name, each with all that the one before it quantizes. docs/quantization.md has the
+table of tensors, and FasterTransformer's modes beside them."""
 
 
-_ATTENTION_CLASSES = frozenset(
-    {TensorClass.QUERY, TensorClass.KEY, TensorClass.VALUE, TensorClass.SOFTMAX}
-)
+def choose_default(target: str) -> Recipe:
+    """The recipe of a build that names none; see docs/decisions/0025.
+
+    Args:
+        target: the engine that serves. TensorRT's grid for the softmax has half the
+            codes, so attention stays in float there.
+    """
+    return RECIPES["gemms" if target == "openvino" else "linear"]
 
 
 def _explain_unmatched(recipe: Recipe, rule: Rule, sites: Sequence[Site]) -> str:
     """Which rule, and what there is instead."""
     present = {site.tensor_class for site in sites}
-    if rule.tensor_class in _ATTENTION_CLASSES and not present & _ATTENTION_CLASSES:
+    if rule.tensor_class in _ATTENTION_CLASSES and present.isdisjoint(
+        _ATTENTION_CLASSES
+    ):
         return (
             f"the recipe {recipe.name} quantizes the attention GEMMs ({rule.subject}), "
             f"but this model's attention lets no quantizer in: it does not use "

@@ -29,9 +29,15 @@ from int8qa.reader.windows import DOC_STRIDE_TOKENS, MAX_WINDOW_TOKENS, Window
 if TYPE_CHECKING:
     import torch
 
-BUCKET_STEP = 32
-"""Padded lengths are multiples of this. OpenVINO compiles primitives for each new
-shape: with raw lengths INT8 ran at 19 questions/s, rounded up to 32 at 65."""
+BUCKET_STEP = 16
+"""Padded lengths are multiples of this, in tokens. OpenVINO compiles primitives for
+each new shape, so there must be few: 8 is no faster, 32 slower by 4 %
+(docs/performance.md, Shapes)."""
+PLAN_BUCKET_STEP = 32
+"""The same for TensorRT's plans: each length costs CUDA graphs, and tokens cost a GPU
+less than calls do."""
+LEAST_WINDOW_TOKENS = 32
+"""A model that reads fewer has no room for a question and a text."""
 CALIBRATION_WINDOWS = 128
 """Most windows used, evenly spaced over the calibration questions. Ranges settle
 early, and each window costs a float inference and a histogram per tensor."""
@@ -126,7 +132,11 @@ class Subject:
 
 
 def load_subject(
-    files: CheckpointFiles, sources: QuestionSources, tokenizer_path: Path
+    files: CheckpointFiles,
+    sources: QuestionSources,
+    tokenizer_path: Path,
+    *,
+    bucket_step: int = BUCKET_STEP,
 ) -> Subject:
     """Load the checkpoint and encode its questions.
 
@@ -134,6 +144,7 @@ def load_subject(
         files: see checkpoint.resolve_checkpoint.
         sources: calibration and evaluation questions.
         tokenizer_path: where ``tokenizer.json`` is written.
+        bucket_step: what padded lengths are multiples of, in tokens.
 
     Raises:
         CheckpointError: the checkpoint reads too few tokens.
@@ -141,11 +152,11 @@ def load_subject(
     """
     checkpoint = load_checkpoint(files)
     longest = min(MAX_WINDOW_TOKENS, checkpoint.max_positions)
-    buckets = tuple(range(BUCKET_STEP, longest + 1, BUCKET_STEP))
-    if not buckets:
+    buckets = tuple(range(bucket_step, longest + 1, bucket_step))
+    if longest < LEAST_WINDOW_TOKENS:
         raise CheckpointError(
             f"{files.name} reads at most {checkpoint.max_positions} tokens; at least "
-            f"{BUCKET_STEP} are needed"
+            f"{LEAST_WINDOW_TOKENS} are needed"
         )
     tokenizer_path.write_bytes(checkpoint.tokenizer_json)
     tokenizer = ReaderTokenizer.from_file(tokenizer_path)

@@ -148,8 +148,8 @@ def train(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="--qat: linear, full or a YAML file, as for `int8qa build`.  "
-            "[default: linear]",
+            help="--qat: linear, gemms, full or a YAML file, as for `int8qa build`.  "
+            "[default: gemms, and linear for TensorRT]",
             show_default=False,
         ),
     ] = None,
@@ -275,6 +275,7 @@ def _choose_quantization(
                 raise typer.BadParameter("needs --qat", param_hint=name)
         return None
     from int8qa.build.calibration import Calibrator, parse_calibrator
+    from int8qa.build.quantization import choose_default
     from int8qa.build.recipe_file import load_recipe
     from int8qa.errors import BuildError
     from int8qa.training.options import FakeQuantization
@@ -283,8 +284,9 @@ def _choose_quantization(
         chosen = Calibrator() if calibrator is None else parse_calibrator(calibrator)
     except BuildError as error:
         raise typer.BadParameter(str(error), param_hint="--calibrator") from error
+    default = choose_default(target or TargetName.OPENVINO)
     return FakeQuantization(
-        load_recipe(recipe or "linear"),
+        load_recipe(recipe) if recipe else default,
         chosen,
         smooth=smooth is not False,
         tensorrt=target not in {None, TargetName.OPENVINO},

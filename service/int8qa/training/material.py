@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from int8qa.build.checkpoint import Checkpoint, CheckpointFiles
 from int8qa.build.export import model_inputs, wrap_model
 from int8qa.build.report import BuildProgress
-from int8qa.build.subject import BUCKET_STEP
+from int8qa.build.subject import LEAST_WINDOW_TOKENS
 from int8qa.contract import TOKENIZER_FILENAME
 from int8qa.errors import CheckpointError
 from int8qa.reader.squad import SquadQuestion
@@ -65,10 +65,10 @@ def load_material(
             f"--qat first, then start --qat from the result"
         )
     longest = min(options.max_window_tokens, checkpoint.max_positions)
-    if longest < BUCKET_STEP:
+    if longest < LEAST_WINDOW_TOKENS:
         raise CheckpointError(
-            f"{files.name} reads at most {longest} tokens; at least {BUCKET_STEP} are "
-            f"needed"
+            f"{files.name} reads at most {longest} tokens; at least "
+            f"{LEAST_WINDOW_TOKENS} are needed"
         )
     stride = min(options.doc_stride, longest // 2)
     path = scratch / TOKENIZER_FILENAME

@@ -16,6 +16,7 @@ from int8qa.build.manifest import describe_recipe
 from int8qa.build.plans import sign_softmax
 from int8qa.build.quantization import RECIPES, Recipe
 from int8qa.build.repository import hash_file
+from int8qa.build.subject import LEAST_WINDOW_TOKENS
 from int8qa.errors import ConfigurationError, DataFileError
 from int8qa.reader.windows import DOC_STRIDE_TOKENS, MAX_WINDOW_TOKENS
 
@@ -24,14 +25,13 @@ WeightType = Literal["fp16", "fp32"]
 
 SELF = "self"
 """Teacher: the float model the run starts from."""
-SMALLEST_WINDOW_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class FakeQuantization:
     """Train with the rounding of INT8 in the graph (QAT)."""
 
-    recipe: Recipe = RECIPES["linear"]
+    recipe: Recipe = RECIPES["gemms"]
     calibrator: Calibrator = field(default_factory=Calibrator)
     smooth: bool = True
     """SmoothQuant before calibration, as in the build."""
@@ -139,7 +139,7 @@ class TrainingOptions:
             (
                 "--max-window-tokens",
                 self.max_window_tokens,
-                SMALLEST_WINDOW_TOKENS,
+                LEAST_WINDOW_TOKENS,
                 1e5,
             ),
             ("--doc-stride", self.doc_stride, 0, self.max_window_tokens // 2),

@@ -282,7 +282,11 @@ def _is_attention(layer: _Layer) -> bool:
 
 
 def check_execution(
-    execution: Execution, precision: Precision, *, quantized_gemms: int
+    execution: Execution,
+    precision: Precision,
+    *,
+    quantized_gemms: int,
+    quantized_attentions: int = 0,
 ) -> list[str]:
     """Hold what runs to what was asked for.
 
@@ -292,6 +296,7 @@ def check_execution(
         quantized_gemms: GEMMs with a quantized weight and a quantized input.
             Attention's own GEMMs run inside OpenVINO's fused attention and are not
             counted by it.
+        quantized_attentions: those whose four operands are quantized.
 
     Returns:
         Remarks for the report: what this CPU cannot do and what ran instead.
@@ -313,6 +318,17 @@ def check_execution(
             f"OpenVINO runs {int8_gemms} of {quantized_gemms} quantized GEMMs in INT8 "
             f"on {execution.device} ({gemms}); the Q/DQ graph does not fuse there"
         )
+    attentions = execution.attentions
+    int8_attentions = attentions.get("i8", 0) + attentions.get("u8", 0)
+    if precision is Precision.INT8 and attentions:
+        if int8_attentions < quantized_attentions:
+            remark = (
+                f"OpenVINO runs {int8_attentions} of {quantized_attentions} quantized "
+                f"attentions in INT8 on {execution.device} ({attentions}); the recipe "
+                f"linear may be as fast there"
+            )
+            return [remark]
+        return []
     if precision is not Precision.FP16:
         return []
     halves = gemms.get("f16", 0)
