@@ -87,9 +87,9 @@ def start_model(backend: ModuleType, repository: Path, inputs: Any) -> Any:
     config = openvino_model_config(
         Precision.FP32,
         inputs=inputs,
-        sequence_buckets=(16, 32),
+        sequence_buckets=(16, 32, 48),
         batch_sizes=BATCH_SIZES,
-        max_batch_tokens=64,
+        max_batch_tokens=96,
     )
     model = backend.TritonPythonModel()
     model.initialize(
@@ -254,13 +254,22 @@ def test_merged_requests_are_not_alone(
     assert chosen == [model._beside]
 
 
-def test_every_shape_is_warm_before_the_first_request(
+def test_shapes_to_warm(backend: ModuleType) -> None:
+    """Each length singly; of batches every other length, the longest among them."""
+    lengths = list(range(16, 145, 16))
+    singles, batches = backend.list_shapes(lengths, [4, 2, 1], 256)
+    assert singles == [(1, length) for length in lengths]
+    assert batches == [(4, 16), (4, 48), (2, 16), (2, 48), (2, 80), (2, 112)]
+    assert backend.list_shapes([32], [1], 64) == ([(1, 32)], [])
+
+
+def test_engines_are_warm_before_the_first_request(
     backend: ModuleType,
     repository: Path,
     graphs: Graphs,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Batches of every length, up to the tokens that the gateway sends at once."""
+    """Single windows on all cores; side by side also batches."""
     shapes: dict[int, list[tuple[int, ...]]] = {}
     infer = backend.TritonPythonModel._infer
 
@@ -272,10 +281,9 @@ def test_every_shape_is_warm_before_the_first_request(
     monkeypatch.setenv("INT8QA_EMBEDDED__ENGINE_THREADS", "2")
     monkeypatch.setattr(backend.TritonPythonModel, "_infer", record)
     start_model(backend, repository, graphs.inputs)
-    every = [(1, 16), (1, 32), (2, 16), (2, 32), (4, 16)]
     assert {threads: sorted(ran) for threads, ran in shapes.items()} == {
-        2: every,
-        1: every,
+        2: [(1, 16), (1, 32), (1, 48), (2, 48), (4, 16)],
+        1: [(1, 16), (1, 32), (1, 48), (2, 16), (2, 48), (4, 16)],
     }
 
 
