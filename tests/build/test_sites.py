@@ -194,8 +194,9 @@ def make_albert() -> Any:
     return transformers.AutoModelForQuestionAnswering.from_config(config).eval()
 
 
-def test_repeated_modules(windows: list[Window]) -> None:
-    """A layer that runs three times: ``linear`` works as a whole, ``full`` says why not.
+@pytest.mark.parametrize(("recipe", "matmuls"), [("linear", 6), ("gemms", 8)])
+def test_repeated_modules(windows: list[Window], recipe: str, matmuls: int) -> None:
+    """A layer that runs three times: all works but ``full``, which says why not.
 
     Its GEMMs are sites once each, their ranges cover all three runs, and the graph
     quantizes every run.
@@ -209,7 +210,7 @@ def test_repeated_modules(windows: list[Window]) -> None:
     assert len(names) == len(set(names))
     with pytest.raises(RecipeError, match=r"class ffn_residual, which this model"):
         RECIPES["full"].choose(sites)
-    plan = RECIPES["linear"].choose(sites)
+    plan = RECIPES[recipe].choose(sites)
     gemms = sum(site.is_weight for site in plan.sites)
     assert gemms == 1 + 6
     switch_quantizers(model, plan)
@@ -222,4 +223,4 @@ def test_repeated_modules(windows: list[Window]) -> None:
     set_ranges(model, ranges)
     graph = QuantizedGraph(export_onnx(reader, inputs), plan).project(plan, ranges)
     census = take_census(graph, plan, sites, ranges)
-    assert census.quantized_matmuls == 1 + 3 * 6
+    assert census.quantized_matmuls == 1 + 3 * matmuls

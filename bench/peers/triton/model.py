@@ -1,7 +1,7 @@
 """Triton's Python backend over an OpenVINO model, as one would write it first.
 
 In: the requests that Triton's dynamic batcher put together. They are padded to the
-longest of them, run as one batch, and cut apart. Lengths are rounded up to 32, without
+longest of them, run as one batch, and cut apart. Lengths are rounded up to 16, without
 which OpenVINO would compile for nearly every batch anew.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import openvino
 import triton_python_backend_utils as pb_utils
 
-STEP_TOKENS = 32
+STEP_TOKENS = 16
 OUTPUTS = ("start_logits", "end_logits")
 
 

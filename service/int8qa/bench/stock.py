@@ -3,7 +3,7 @@
 In: a ``PeerSpec`` on standard input, the model's path as argument. Out: an
 ``Outcome``. The same clock and the same questions as ``ceiling.py``, but the graph of
 ``stock_model.py``, compiled as it comes, and the usual way to feed an engine: windows
-sorted by length, so many at a time, padded to the longest of them rounded up to 32.
+sorted by length, so many at a time, padded to the longest of them, rounded up as ours.
 Without that rounding OpenVINO compiles for nearly every batch anew.
 """
 

@@ -1,6 +1,7 @@
-"""What the float parts of an INT8 graph run in on this CPU: softmax, sums, LayerNorm.
+"""INT8 graphs as this CPU runs them best.
 
-In: an INT8 graph. Out: its engine with the fastest of the types that the CPU has, and
+In: an INT8 graph. Out: its engine, GEMM inputs on the grid that the CPU multiplies,
+and float parts (softmax, sums, LayerNorm) in the fastest of the types that it has; and
 what each took. Which one wins is no matter of the instruction set alone: OpenVINO runs
 attention in float32 as fast as in bfloat16 where the latter has no kernel of its own.
 """
@@ -20,7 +21,9 @@ from int8qa.build.engines.openvino import (
     save_ir,
     write_properties,
 )
+from int8qa.build.identity import cpu_features
 from int8qa.build.latency import fit_shapes, geometric_mean, medians, time_engines
+from int8qa.build.unsigned_inputs import shift_inputs
 from int8qa.contract import Precision
 
 if TYPE_CHECKING:
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
 
 WORTH = 1.03
 """How many times as fast a coarser type must be: repeated timings differ by as much."""
+_UNSIGNED_BY_SIGNED = frozenset({"avx512_vnni", "avx_vnni"})
+"""CPUs whose INT8 instruction takes one unsigned operand. Without it oneDNN multiplies
+in 16 bits, which unsigned inputs overflow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +65,15 @@ class Int8Compiler:
     ) -> tuple[OpenVinoEngine, int]:
         """The engine of ``graph``, and the bytes of its IR in ``directory``.
 
+        Args:
+            graph: with signed GEMM inputs; it stays as it is.
+            directory: where the IR goes.
+
         Raises:
             ExportError: OpenVINO cannot convert the graph.
         """
+        if _UNSIGNED_BY_SIGNED.intersection(cpu_features()):
+            graph = shift_inputs(graph)
         if self.parts is not None:
             return compile_graph(graph, directory, Precision.INT8, hint=self.hint)
         path, size_bytes = save_ir(graph, directory, Precision.INT8)
