@@ -9,7 +9,11 @@ import onnx
 import pytest
 
 from int8qa.build import float_parts
-from int8qa.build.engines.openvino import MODEL_FILENAME, OpenVinoEngine
+from int8qa.build.engines.openvino import (
+    CPU_FILENAME,
+    MODEL_FILENAME,
+    OpenVinoEngine,
+)
 from int8qa.build.float_parts import Int8Compiler, choose_hint
 from tests.build.tiny import Graphs
 
@@ -55,6 +59,20 @@ def test_chosen_once(
     monkeypatch.setattr(float_parts, "choose_hint", lambda _: pytest.fail("again"))
     second, _ = compiler.compile(graph, tmp_path)
     assert second.hint == winner
+
+
+@pytest.mark.parametrize("flags", [["avx2"], ["avx2", "avx_vnni"]])
+def test_unsigned_where_it_multiplies_so(
+    graphs: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    """Without VNNI unsigned inputs would overflow; with it the model says so."""
+    monkeypatch.setattr(float_parts, "cpu_features", lambda: flags)
+    monkeypatch.setattr(float_parts, "choose_hint", lambda _: "f32")
+    graph = onnx.load_from_string(graphs.quantized_clean)
+    engine, _ = Int8Compiler(INPUTS, 32).compile(graph, tmp_path)
+    unsigned = "avx_vnni" in flags
+    assert engine.execution.gemms.get("u8", 0) == (12 if unsigned else 0)
+    assert (tmp_path / CPU_FILENAME).exists() == unsigned
 
 
 def test_reference_kernels_are_not_timed(

@@ -199,7 +199,8 @@ def test_files(built: Built) -> None:
     """Three models Triton can load, and nothing else; sizes are the files'."""
     repository = built.options.model_repository
     files = modification_times(repository)
-    assert files.keys() == {
+    # Only where the CPU has VNNI: tests/build/test_float_parts.py.
+    assert files.keys() - {"qa_int8/1/cpu.json"} == {
         *("contract.json", "manifest.json", "tokenizer.json"),
         *(
             f"{precision.model_name}/{name}"

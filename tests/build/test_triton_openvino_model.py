@@ -17,7 +17,7 @@ import pytest
 from google.protobuf import json_format
 
 import int8qa.build.engines
-from int8qa.build.engines.openvino import OpenVinoEngine, save_ir
+from int8qa.build.engines.openvino import OpenVinoEngine, save_ir, write_cpu
 from int8qa.build.triton_config import openvino_model_config, parse_config
 from int8qa.contract import ALONE_PARAMETER, Precision
 from tests.build.tiny import Graphs, make_reader, random_feed
@@ -252,6 +252,27 @@ def test_merged_requests_are_not_alone(
         request.alone = True
     check_responses(model.execute(requests), requests, engine)
     assert chosen == [model._beside]
+
+
+def test_cpu_that_would_overflow(
+    backend: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused with what to do; any one of what is wanted will do, and no file, too."""
+    refusal = type("TritonModelException", (Exception,), {})
+    monkeypatch.setattr(
+        backend.pb_utils, "TritonModelException", refusal, raising=False
+    )
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor: 0\nflags\t\t: fpu avx2 avx_vnni\n")
+    backend.check_cpu(tmp_path / "cpu.json", info)
+    write_cpu(tmp_path, {"avx512_vnni", "avx_vnni"})
+    backend.check_cpu(tmp_path / "cpu.json", info)
+    backend.check_cpu(tmp_path / "cpu.json", tmp_path / "nowhere")
+    info.write_text("flags\t\t: fpu avx2 avx512f\n")
+    with pytest.raises(
+        refusal, match=r"with avx512_vnni or avx_vnni, .* `int8qa build`"
+    ):
+        backend.check_cpu(tmp_path / "cpu.json", info)
 
 
 def test_shapes_to_warm(backend: ModuleType) -> None:

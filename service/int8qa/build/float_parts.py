@@ -19,6 +19,7 @@ from int8qa.build.engines.openvino import (
     compile_graph,
     list_int8_hints,
     save_ir,
+    write_cpu,
     write_properties,
 )
 from int8qa.build.identity import cpu_features
@@ -74,6 +75,7 @@ class Int8Compiler:
         """
         if _UNSIGNED_BY_SIGNED.intersection(cpu_features()):
             graph = shift_inputs(graph)
+            write_cpu(directory, _UNSIGNED_BY_SIGNED)
         if self.parts is not None:
             return compile_graph(graph, directory, Precision.INT8, hint=self.hint)
         path, size_bytes = save_ir(graph, directory, Precision.INT8)

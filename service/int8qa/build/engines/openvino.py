@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 MODEL_FILENAME = "model.xml"
 PROPERTIES_FILENAME = "properties.json"
 """Beside the model: what to compile it with, on whatever machine."""
+CPU_FILENAME = "cpu.json"
+"""Beside a model that not every CPU runs rightly: instruction sets, one of which it
+must have, as ``/proc/cpuinfo`` names them."""
 
 _INPUTS = (INPUT_IDS, ATTENTION_MASK, TOKEN_TYPE_IDS)
 
@@ -158,6 +161,12 @@ def write_properties(directory: Path, hint: str) -> None:
     properties = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
     text = json.dumps(properties, indent=2) + "\n"
     (directory / PROPERTIES_FILENAME).write_text(text, encoding="utf-8")
+
+
+def write_cpu(directory: Path, any_of: Iterable[str]) -> None:
+    """Say what instruction sets a model needs one of, to whoever serves it."""
+    text = json.dumps({"any_of": sorted(any_of)}) + "\n"
+    (directory / CPU_FILENAME).write_text(text, encoding="utf-8")
 
 
 def _read_properties(path: Path) -> dict[str, Any]:

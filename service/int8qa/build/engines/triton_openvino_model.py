@@ -3,7 +3,8 @@
 In: int32 tensors [B, S] as the contract names them. Out: float32 start and end logits
 [B, S]. It stands alone: inside Triton neither int8qa nor torch need be installed,
 only numpy and openvino. Warm-up shapes come from ``config.pbtxt``, what float
-operations run in from ``properties.json`` beside the model.
+operations run in from ``properties.json`` beside the model; ``cpu.json`` says what the
+CPU must have, where not every CPU will do.
 
 Of several instances each can run on all cores, or on its share of them. A batch that
 its sender calls alone gets all: nobody else needs them, and it is answered soonest. Any
@@ -28,6 +29,23 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 OUTPUTS = ("start_logits", "end_logits")
 ALONE = "alone"
 """Request parameter: nothing else of its sender is in this model."""
+
+
+def check_cpu(path: Path, info: Path = Path("/proc/cpuinfo")) -> None:
+    """Refuse a model whose sums would overflow on this CPU.
+
+    Raises:
+        TritonModelException: none of the instruction sets it needs one of is there.
+    """
+    if not path.exists() or not info.exists():
+        return
+    wanted = json.loads(path.read_text(encoding="utf-8"))["any_of"]
+    if not set(wanted) & set(info.read_text(encoding="utf-8").split()):
+        raise pb_utils.TritonModelException(
+            f"this model was built for CPUs with {' or '.join(wanted)}, and this CPU "
+            f"has none of them: its INT8 sums would overflow. Run `int8qa build` here, "
+            f"or on a machine like this one"
+        )
 
 
 def list_shapes(
@@ -61,6 +79,7 @@ class TritonPythonModel:
         names = {entry["name"] for entry in config["input"]}
         self._inputs = tuple(name for name in INPUTS if name in names)
         directory = Path(args["model_repository"]) / args["model_version"]
+        check_cpu(directory / "cpu.json")
         properties: dict[str, Any] = json.loads(
             (directory / "properties.json").read_text(encoding="utf-8")
         )
