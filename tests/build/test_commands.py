@@ -108,6 +108,8 @@ def test_build_options(
     assert (seen[2].recipe.per_channel, seen[2].recipe.share_qkv) == (False, True)
     run("build", "--recipe", path, "--weights", "per-channel", "--separate-qkv")
     assert (seen[3].recipe.per_channel, seen[3].recipe.share_qkv) == (True, False)
+    run("build", "--share-qkv", "--target", "tensorrt-rtx")
+    assert (seen[4].recipe.name, seen[4].recipe.share_qkv) == ("linear", True)
 
 
 @pytest.mark.parametrize("cached", [True, False])

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from int8qa.build import identity
+from int8qa.build.cpu import cpu_features
 from int8qa.build.identity import (
-    cpu_features,
     describe_machine,
     hash_code,
     hash_parts,

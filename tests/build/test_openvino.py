@@ -13,6 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from int8qa.build.engines import openvino
 from int8qa.build.engines.openvino import (
     MODEL_FILENAME,
     Execution,
@@ -21,6 +22,7 @@ from int8qa.build.engines.openvino import (
     compile_graph,
     list_int8_hints,
     save_ir,
+    write_cpu,
 )
 from int8qa.build.engines.signal_stack import read_signal_stack
 from int8qa.contract import ATTENTION_MASK, Precision
@@ -52,11 +54,13 @@ def test_int8_that_runs(gemms: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("attentions", "ran"), [({"f32": 6}, 0), ({"i8": 4, "f32": 2}, 4), ({"i8": 6}, 6)]
+    ("attentions", "ran"),
+    [({"f32": 6}, 0), ({"i8": 4, "f32": 2}, 4), ({"i8": 6}, 6), ({}, 0), ({}, 6)],
 )
 def test_attention_that_runs_in_float(attentions: dict[str, int], ran: int) -> None:
-    """Not an error, but said, with what would do as well."""
-    found = replace(execution({"i8": 36}, OLD_CPU), attentions=attentions)
+    """Not an error, but said, with what would do as well; fused or not."""
+    gemms = {"u8": 36} if attentions else {"u8": 36, "i8": 2 * ran, "f32": 12 - 2 * ran}
+    found = replace(execution(gemms, OLD_CPU), attentions=attentions)
     remarks = check_execution(
         found, Precision.INT8, quantized_gemms=36, quantized_attentions=6
     )
@@ -100,6 +104,22 @@ def test_reference_kernels(precision: Precision) -> None:
     found = replace(execution({"i8": 36, "f16": 1}, OLD_CPU), reference_gemms=30)
     with pytest.raises(EnginePrecisionError, match="no fast kernel on Test CPU for 30"):
         check_execution(found, precision, quantized_gemms=36)
+
+
+def test_cpu_without_what_a_model_needs(
+    graphs: Graphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before it gives wrong answers; with one of several sets it runs."""
+    model = onnx.load_from_string(graphs.quantized_clean)
+    path, _ = save_ir(model, tmp_path, Precision.INT8)
+    write_cpu(tmp_path, {"avx_vnni", "avx512_vnni"})
+    monkeypatch.setattr(openvino, "cpu_features", lambda: ["avx2", "avx_vnni"])
+    OpenVinoEngine(path)
+    monkeypatch.setattr(openvino, "cpu_features", lambda: ["avx2"])
+    with pytest.raises(
+        EnginePrecisionError, match="built for CPUs with avx512_vnni or"
+    ):
+        OpenVinoEngine(path)
 
 
 def test_int8_hints() -> None:

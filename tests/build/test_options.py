@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from int8qa.build import options as options_module
+from int8qa.build import quantization
 from int8qa.build.calibration import Calibrator
 from int8qa.build.engines.tensorrt_options import Flavour, PlanOptions
 from int8qa.build.options import (
@@ -19,6 +19,7 @@ from int8qa.build.options import (
     list_advice,
 )
 from int8qa.build.quantization import RECIPES
+from int8qa.build.stored_ranges import StoredRanges
 from int8qa.build.subject import data_name, questions_file
 from int8qa.errors import BuildError
 from tests.build.builds import change_options
@@ -94,27 +95,42 @@ def test_smoothed_are_among_those_compared(
     assert [one.name for one in options.smoothed_calibrators] == smoothed
 
 
-def test_recipe_nobody_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was asked for, else what was trained with, else what suits the target."""
-    stored = {"recipe": "full"}
-    monkeypatch.setattr(
-        options_module,
-        "read_ranges",
-        lambda _: SimpleNamespace(**stored) if stored else None,
-    )
-    plans = PlanOptions()
+@pytest.mark.parametrize(
+    ("recipe", "softmax", "openvino", "tensorrt"),
+    [
+        ("full", "UINT8", "full", "linear"),
+        ("full", "INT8", "gemms", "full"),
+        ("linear", None, "linear", "linear"),
+        ("of-ones-own", "UINT8", "gemms", "linear"),
+        (None, None, "gemms", "linear"),
+    ],
+)
+def test_recipe_nobody_chose(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: str | None,
+    softmax: str | None,
+    openvino: str,
+    tensorrt: str,
+) -> None:
+    """What was asked for, else what was trained for this target, else its default."""
+    grids = {"a.input_quantizer": "INT8"}
+    if softmax is not None:
+        grids["a.p_bmm_quantizer"] = softmax
+    stored = recipe and StoredRanges(recipe, "max", grids, {}, {})
+    monkeypatch.setattr(options_module, "read_ranges", lambda _: stored or None)
+    monkeypatch.setattr(quantization, "has_vnni", lambda: True)
 
     def choose(**choice: Any) -> str:
         return BuildOptions(**choice).choose_recipe(tmp_path).name
 
+    plans = PlanOptions()
     assert choose(recipe=RECIPES["linear"]) == "linear"
-    assert choose() == choose(plans=plans) == "full"
+    assert (choose(), choose(plans=plans)) == (openvino, tensorrt)
     assert choose(keep_trained=False) == "gemms"
     assert choose(keep_trained=False, plans=plans) == "linear"
-    stored["recipe"] = "of-ones-own"
-    assert choose() == "gemms"
-    stored.clear()
-    assert (choose(), choose(plans=plans)) == ("gemms", "linear")
+    monkeypatch.setattr(quantization, "has_vnni", lambda: False)
+    assert choose(keep_trained=False) == "linear"
 
 
 def test_lengths_are_coarser_for_plans() -> None:

@@ -89,6 +89,7 @@ def built(
     options = BuildOptions(
         model_repository=tmp_path_factory.mktemp("built") / "models",
         checkpoint=str(tiny_checkpoints["bert"]),
+        recipe=RECIPES["gemms"],
         sources=QuestionSources(calibration, evaluation),
         gate=0.0,
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from int8qa import __version__
-from int8qa.build.identity import cpu_features
+from int8qa.build.cpu import cpu_features
 
 BUSY_SHARE = 0.25
 """Load per core before a test from which on figures are to be doubted."""

@@ -90,14 +90,18 @@ CacheOption = Annotated[
 CALIBRATOR_NAMES = "max, percentile-N, mse, entropy or search"
 
 
-def load_recipe_argument(
-    name: str, weights: WeightScales | None = None, *, share_qkv: bool | None = None
-) -> Any:
-    from dataclasses import replace
-
+def load_recipe_argument(name: str) -> Any:
     from int8qa.build.recipe_file import load_recipe
 
-    recipe = load_recipe(name)
+    return load_recipe(name)
+
+
+def adjust_recipe(
+    recipe: Any, weights: WeightScales | None, *, share_qkv: bool | None
+) -> Any:
+    """The recipe with scales as asked for, where something was."""
+    from dataclasses import replace
+
     if weights is not None:
         recipe = replace(recipe, per_channel=weights is WeightScales.PER_CHANNEL)
     if share_qkv is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ from int8qa.build.arguments import (
     RevisionOption,
     TargetName,
     WeightScales,
+    adjust_recipe,
     choose_calibrator,
     choose_plans,
     load_recipe_argument,
@@ -179,7 +181,6 @@ def build(
     """Turn a checkpoint into calibrated INT8, FP16 and FP32 engines for Triton."""
     from int8qa.build.options import BuildOptions
     from int8qa.build.pipeline import build_repository
-    from int8qa.build.quantization import choose_default
     from int8qa.build.report import show_manifest
 
     ranges = choose_calibrator(calibrator or "percentile", percentile)
@@ -194,15 +195,11 @@ def build(
         calibration_data, evaluation_data, calibration_limit, evaluation_limit
     )
     given = {} if checkpoint is None else {"checkpoint": checkpoint}
-    chosen = None
-    if (recipe, weights, share_qkv) != (None, None, None):
-        name = recipe or choose_default(target).name
-        chosen = load_recipe_argument(name, weights, share_qkv=share_qkv)
     settings = load_settings()
     options = BuildOptions(
         model_repository=model_repository or settings.model_repository,
         revision=revision,
-        recipe=chosen,
+        recipe=None if recipe is None else load_recipe_argument(recipe),
         calibrator=ranges,
         keep_trained=calibrator is None and percentile is None,
         smooth=smooth,
@@ -214,6 +211,13 @@ def build(
         beside=beside,
         **given,
     )
+    if weights is not None or share_qkv is not None:
+        asked = options.recipe
+        if asked is None:
+            files = resolve_argument(checkpoint, revision)
+            asked = options.choose_recipe(files.directory)
+        asked = adjust_recipe(asked, weights, share_qkv=share_qkv)
+        options = replace(options, recipe=asked)
     if explain:
         files = resolve_argument(checkpoint, revision)
         asked = options.choose_recipe(files.directory)

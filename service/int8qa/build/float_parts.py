@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from int8qa.build.cpu import VNNI, has_vnni
 from int8qa.build.engines.openvino import (
     PRECISION_HINTS,
     OpenVinoEngine,
@@ -22,7 +23,6 @@ from int8qa.build.engines.openvino import (
     write_cpu,
     write_properties,
 )
-from int8qa.build.identity import cpu_features
 from int8qa.build.latency import fit_shapes, geometric_mean, medians, time_engines
 from int8qa.build.unsigned_inputs import shift_inputs
 from int8qa.contract import Precision
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 
 WORTH = 1.03
 """How many times as fast a coarser type must be: repeated timings differ by as much."""
-_UNSIGNED_BY_SIGNED = frozenset({"avx512_vnni", "avx_vnni"})
-"""CPUs whose INT8 instruction takes one unsigned operand. Without it oneDNN multiplies
-in 16 bits, which unsigned inputs overflow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +70,9 @@ class Int8Compiler:
         Raises:
             ExportError: OpenVINO cannot convert the graph.
         """
-        if _UNSIGNED_BY_SIGNED.intersection(cpu_features()):
+        if has_vnni():
             graph = shift_inputs(graph)
-            write_cpu(directory, _UNSIGNED_BY_SIGNED)
+            write_cpu(directory, VNNI)
         if self.parts is not None:
             return compile_graph(graph, directory, Precision.INT8, hint=self.hint)
         path, size_bytes = save_ir(graph, directory, Precision.INT8)

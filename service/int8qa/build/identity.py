@@ -18,6 +18,7 @@ from typing import Any
 
 from int8qa import __version__
 from int8qa.build.checkpoint import CheckpointFiles
+from int8qa.build.cpu import cpu_features
 from int8qa.build.engines.tensorrt_lock import read_builder_lock
 from int8qa.build.manifest import MANIFEST_VERSION, describe_recipe
 from int8qa.build.options import BuildOptions
@@ -28,17 +29,6 @@ from int8qa.errors import MissingDependencyError
 from int8qa.reader.squad import SquadQuestion
 
 _VERSIONED = ("torch", "transformers", "nvidia-modelopt", "onnx", "openvino")
-_CPU_FLAGS = (
-    "avx2",
-    "avx_vnni",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx512_fp16",
-    "amx_int8",
-    "amx_bf16",
-    "amx_fp16",
-)
 
 
 def identify_build(
@@ -109,18 +99,6 @@ def hash_code() -> str:
 def describe_machine() -> str:
     """The architecture and the instruction sets that decide which kernels run."""
     return f"{platform.machine()} {' '.join(cpu_features())}"
-
-
-def cpu_features() -> list[str]:
-    """The instruction sets that decide which kernels run (Linux; else none)."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return []
-    flags = next(
-        (line for line in text.splitlines() if line.startswith("flags")), ""
-    ).split()
-    return [flag for flag in _CPU_FLAGS if flag in flags]
 
 
 def hash_questions(questions: Iterable[SquadQuestion]) -> str:

@@ -72,7 +72,7 @@ class BuildOptions:
     def choose_recipe(self, directory: Path) -> Recipe:
         """The recipe asked for, else the one trained with, else the target's default.
 
-        One trained with counts if its ranges are to be kept.
+        One trained with counts if its ranges may be kept and its grids suit the target.
 
         Args:
             directory: of the checkpoint.
@@ -84,7 +84,10 @@ class BuildOptions:
             return self.recipe
         stored = read_ranges(directory) if self.keep_trained else None
         default = choose_default(self.target)
-        return default if stored is None else RECIPES.get(stored.recipe, default)
+        signed = self.plans is not None
+        if stored is None or not stored.suits_softmax(signed=signed):
+            return default
+        return RECIPES.get(stored.recipe, default)
 
     @property
     def is_default(self) -> bool:

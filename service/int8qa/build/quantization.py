@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from int8qa.build.cpu import has_vnni
 from int8qa.build.sites import Site, TensorClass
 from int8qa.errors import BuildError, RecipeError
 
@@ -249,11 +250,13 @@ table of tensors, and FasterTransformer's modes beside them."""
 def choose_default(target: str) -> Recipe:
     """The recipe of a build that names none; see docs/decisions/0025.
 
+    Attention stays in float where its softmax cannot be unsigned: with TensorRT, and on
+    CPUs without VNNI.
+
     Args:
-        target: the engine that serves. TensorRT's grid for the softmax has half the
-            codes, so attention stays in float there.
+        target: the engine that serves.
     """
-    return RECIPES["gemms" if target == "openvino" else "linear"]
+    return RECIPES["gemms" if target == "openvino" and has_vnni() else "linear"]
 
 
 def _explain_unmatched(recipe: Recipe, rule: Rule, sites: Sequence[Site]) -> str:

@@ -33,6 +33,7 @@ _METADATA = "int8qa"
 _FORMAT = 1
 _AMAX = "amax/"
 _SCALE = "pre_quant_scale/"
+_SOFTMAX_SITE = "p_bmm_quantizer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,13 @@ class StoredRanges:
     ranges: Ranges
     scales: dict[str, torch.Tensor]
     """``pre_quant_scale`` [K] by name of the input quantizer; empty if not smoothed."""
+
+    def suits_softmax(self, *, signed: bool) -> bool:
+        """Whether an engine whose softmax is ``signed``, or is not, has these grids."""
+        grids = {
+            grid for name, grid in self.grids.items() if name.endswith(_SOFTMAX_SITE)
+        }
+        return not grids or ("UINT8" not in grids) == signed
 
     def explain_difference(
         self,

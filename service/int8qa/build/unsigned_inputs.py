@@ -3,7 +3,7 @@
 In: a cleaned graph with Q/DQ pairs. Out: the same function, for OpenVINO: where a pair
 feeds nothing but GEMMs with constant weights, 128 steps are added to the tensor before
 it is quantized to UINT8, and taken out again in the biases. The integers are those of
-the signed grid plus 128, so nothing is rounded otherwise.
+the signed grid plus 128; float arithmetic around them rounds its last bit otherwise.
 
 ``VPDPBUSD`` (AVX512-VNNI, AVX-VNNI) multiplies unsigned by signed bytes. Given signed
 inputs oneDNN adds the 128 itself, to every byte that it loads, inside the kernel: 1.2
@@ -122,7 +122,10 @@ class _Shift:
             return None
         integers, scale = (self._values[part] for part in weight.input[:2])
         axis = next((a.i for a in weight.attribute if a.name == "axis"), 1)
+        zeros = [self._values[part] for part in weight.input[2:]]
         if integers.ndim != 2 or (scale.size > 1 and axis % 2 != 1):
+            return None
+        if any(zero.any() for zero in zeros):
             return None
         totals: npt.NDArray[np.float64] = integers.sum(axis=0, dtype=np.int64) * (
             scale.astype(np.float64).reshape(-1)
@@ -132,7 +135,8 @@ class _Shift:
     def _add_behind(self, gemm: onnx.NodeProto, term: npt.NDArray[np.float32]) -> None:
         """Add ``term`` [N] to what ``gemm`` makes, in its bias if it has its own."""
         readers = self._readers[gemm.output[0]]
-        if len(readers) == 1 and readers[0].op_type == "Add":
+        own = gemm.output[0] not in self._outputs
+        if own and len(readers) == 1 and readers[0].op_type == "Add":
             add = readers[0]
             for index, name in enumerate(add.input):
                 bias = self._values.get(name)

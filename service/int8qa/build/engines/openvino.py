@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from int8qa.build.cpu import cpu_features
 from int8qa.build.engines.signal_stack import keep_signal_stack
 from int8qa.contract import (
     ATTENTION_MASK,
@@ -58,7 +59,7 @@ class Execution:
     """What the compiled model runs in, read from its runtime graph."""
 
     gemms: dict[str, int]
-    """GEMMs by execution type, such as ``{"i8": 36, "bf16": 1}``."""
+    """GEMMs by execution type, such as ``{"u8": 36, "bf16": 1}``."""
     attentions: dict[str, int]
     """Fused attentions by execution type: their GEMMs are not among ``gemms``."""
     device: str
@@ -69,7 +70,7 @@ class Execution:
 
     @property
     def summary(self) -> str:
-        """Execution types in order of frequency: ``i8`` or ``i8+bf16``."""
+        """Execution types in order of frequency: ``u8`` or ``i8+bf16``."""
         return "+".join(name for name, _ in Counter(self.gemms).most_common())
 
 
@@ -170,6 +171,15 @@ def write_cpu(directory: Path, any_of: Iterable[str]) -> None:
 
 
 def _read_properties(path: Path) -> dict[str, Any]:
+    cpu = path.with_name(CPU_FILENAME)
+    if cpu.exists():
+        wanted = json.loads(cpu.read_text(encoding="utf-8"))["any_of"]
+        if set(wanted).isdisjoint(cpu_features()):
+            raise EnginePrecisionError(
+                f"{path.parent.parent.name} was built for CPUs with "
+                f"{' or '.join(wanted)}, and this CPU has none of them: its INT8 sums "
+                f"would overflow. Run `int8qa build` here"
+            )
     text = path.with_name(PROPERTIES_FILENAME).read_text(encoding="utf-8")
     properties: dict[str, Any] = json.loads(text)
     return properties
@@ -329,12 +339,14 @@ def check_execution(
         )
     attentions = execution.attentions
     int8_attentions = attentions.get("i8", 0) + attentions.get("u8", 0)
-    if precision is Precision.INT8 and attentions:
+    if not attentions:  # not fused: two GEMMs each
+        int8_attentions = max(0, int8_gemms - quantized_gemms) // 2
+    if precision is Precision.INT8:
         if int8_attentions < quantized_attentions:
             remark = (
                 f"OpenVINO runs {int8_attentions} of {quantized_attentions} quantized "
-                f"attentions in INT8 on {execution.device} ({attentions}); the recipe "
-                f"linear may be as fast there"
+                f"attentions in INT8 on {execution.device} "
+                f"({attentions or gemms}); the recipe linear may be as fast there"
             )
             return [remark]
         return []
