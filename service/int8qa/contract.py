@@ -83,7 +83,7 @@ class ModelRecord(_Frozen):
     execution: str = Field(
         default="",
         description="types the engine's GEMMs really ran in where it was built, "
-        "such as i8, f16 or bf16",
+        "such as u8, i8, f16 or bf16",
     )
 
 

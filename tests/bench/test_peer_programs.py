@@ -285,7 +285,7 @@ def test_triton_model(monkeypatch: pytest.MonkeyPatch) -> None:
         requests.append(Request(input_ids=ids, attention_mask=np.ones_like(ids)))
     responses = model.execute(requests)
     (feed,) = fed
-    assert feed["input_ids"].shape == (5, 64)
+    assert feed["input_ids"].shape == (5, 48)
     assert feed["attention_mask"].sum(axis=1).tolist() == [20, 33, 33, 33, 32]
     for value, (request, response) in enumerate(
         zip(requests, responses, strict=True), start=1

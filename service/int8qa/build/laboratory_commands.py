@@ -83,7 +83,7 @@ def calibrate_compare(
 ) -> None:
     """Every calibrator with every recipe: F1, agreement, latency, size; table and page.
 
-    One calibration pass serves all. On two cores the default takes some 20 minutes
+    One calibration pass serves all. On two cores the default takes half an hour and more
     for 1,000 questions.
     """
     from int8qa.build.comparison.page import write_page

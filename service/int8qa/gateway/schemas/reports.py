@@ -213,7 +213,7 @@ class ModelsReport(Reply):
                     "recommended": "int8",
                     "precisions": ["int8"],
                     "max_window_tokens": 384,
-                    "verdict": "On this machine, INT8 (linear, percentile-99.99) "
+                    "verdict": "On this machine, INT8 (gemms, percentile-99.99) "
                     "is faster than FP16 at 1×128 (2.87×), batch × tokens.",
                     "models": [
                         {
@@ -222,11 +222,11 @@ class ModelsReport(Reply):
                             "engine": "openvino",
                             "checkpoint": "minilm-squad",
                             "calibrator": "percentile",
-                            "recipe": "linear",
+                            "recipe": "gemms",
                             "f1": 86.1,
                             "exact_match": 77.9,
                             "size_bytes": 23000000,
-                            "execution": "i8",
+                            "execution": "u8+f32",
                             "ready": True,
                         }
                     ],
