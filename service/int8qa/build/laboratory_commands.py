@@ -83,8 +83,8 @@ def calibrate_compare(
 ) -> None:
     """Every calibrator with every recipe: F1, agreement, latency, size; table and page.
 
-    One calibration pass serves all. On two cores the default takes half an hour and more
-    for 1,000 questions.
+    One calibration pass serves all. On two cores the default takes half an hour and
+    more for 1,000 questions.
     """
     from int8qa.build.comparison.page import write_page
     from int8qa.build.laboratory import compare_calibrators
