@@ -370,6 +370,7 @@ def count_known(console: Console) -> int:
     return int(found[0]) if found else 0
 
 
+@pytest.mark.slow
 def test_findings_of_other_questions_are_not_taken(
     options: LaboratoryOptions, tmp_path: Path
 ) -> None:

@@ -288,6 +288,7 @@ def test_changed_questions_rebuild(built: Built, tmp_path: Path, split: str) -> 
         build(options)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_shape")
 def test_force_rebuilds(
     tiny_checkpoints: dict[str, Path],
@@ -400,7 +401,13 @@ COARSE = Calibrator("percentile", 51.0)
 
 
 @pytest.mark.usefixtures("one_shape")
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "bert" else pytest.param(name, marks=pytest.mark.slow)
+        for name in ARCHITECTURES
+    ],
+)
 def test_full_recipe(
     built: Built, tiny_checkpoints: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
@@ -434,6 +441,7 @@ def test_full_recipe(
     assert contract.models[Precision.INT8].recipe == "full"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_shape")
 def test_coarse_and_shared_scales(built: Built, tmp_path: Path) -> None:
     """Coarser grids, and more tensors than ``full`` has, where the recipe says so.
@@ -473,7 +481,10 @@ def test_coarse_and_shared_scales(built: Built, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_shape")
-@pytest.mark.parametrize("method", ["mse", "entropy", "search"])
+@pytest.mark.parametrize(
+    "method",
+    [*(pytest.param(m, marks=pytest.mark.slow) for m in ("mse", "entropy")), "search"],
+)
 def test_calibrators(built: Built, tmp_path: Path, method: Any) -> None:
     """Every calibrator builds, is recorded, and chooses ranges of its own."""
     options = options_for(built, tmp_path, calibrator=Calibrator(method), smooth=False)

@@ -87,9 +87,9 @@ def start_model(backend: ModuleType, repository: Path, inputs: Any) -> Any:
     config = openvino_model_config(
         Precision.FP32,
         inputs=inputs,
-        sequence_buckets=(16, 32, 48),
+        sequence_buckets=(16, 32, 48, 64, 80),
         batch_sizes=BATCH_SIZES,
-        max_batch_tokens=96,
+        max_batch_tokens=160,
     )
     model = backend.TritonPythonModel()
     model.initialize(
@@ -276,11 +276,11 @@ def test_cpu_that_would_overflow(
 
 
 def test_shapes_to_warm(backend: ModuleType) -> None:
-    """Each length singly; of batches every other length, the longest among them."""
+    """Each length singly; of batches every fourth length, the longest among them."""
     lengths = list(range(16, 145, 16))
     singles, batches = backend.list_shapes(lengths, [4, 2, 1], 256)
     assert singles == [(1, length) for length in lengths]
-    assert batches == [(4, 16), (4, 48), (2, 16), (2, 48), (2, 80), (2, 112)]
+    assert batches == [(4, 16), (2, 16), (2, 80)]
     assert backend.list_shapes([32], [1], 64) == ([(1, 32)], [])
 
 
@@ -302,9 +302,10 @@ def test_engines_are_warm_before_the_first_request(
     monkeypatch.setenv("INT8QA_EMBEDDED__ENGINE_THREADS", "2")
     monkeypatch.setattr(backend.TritonPythonModel, "_infer", record)
     start_model(backend, repository, graphs.inputs)
+    singles = [(1, length) for length in (16, 32, 48, 64, 80)]
     assert {threads: sorted(ran) for threads, ran in shapes.items()} == {
-        2: [(1, 16), (1, 32), (1, 48), (2, 48), (4, 16)],
-        1: [(1, 16), (1, 32), (1, 48), (2, 16), (2, 48), (4, 16)],
+        2: [*singles, (2, 80), (4, 16)],
+        1: [*singles, (2, 16), (2, 80), (4, 16)],
     }
 
 
