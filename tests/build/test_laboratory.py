@@ -405,6 +405,7 @@ def test_findings_of_other_questions_are_not_taken(
     assert measure() == 6
 
 
+@pytest.mark.slow
 def test_checkpoint_is_loaded_once_a_group(
     options: LaboratoryOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -457,6 +458,7 @@ def test_smoothquant_with_none_of_those_compared(
     assert [one["label"] for one in found.result["variants"]] == ["max"]
 
 
+@pytest.mark.slow
 def test_sensitivity_alone(options: LaboratoryOptions, tmp_path: Path) -> None:
     """A recipe of one kernel, smoothed: quantizing nothing at all is measured too."""
     console = make_console()

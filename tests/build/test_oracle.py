@@ -270,7 +270,7 @@ END_TO_END_AGREEMENT = 0.85
 """Measured: 0.95, 1.0, 0.925. Torch in float64 against float32: 0.975, 0.95, 0.95."""
 VARIANTS = (
     pytest.param("linear", False, marks=pytest.mark.slow),
-    ("linear", True),
+    pytest.param("linear", True, marks=pytest.mark.slow),
     pytest.param("full", False, marks=pytest.mark.slow),
 )
 
@@ -328,6 +328,7 @@ def test_readings_agree(
     assert share_equal(onnxruntime, whole) >= END_TO_END_AGREEMENT
 
 
+@pytest.mark.slow
 def test_wrong_scale_is_seen(
     subject: Subject, variants: Callable[[str, bool], Quantized]
 ) -> None:

@@ -627,6 +627,7 @@ def test_mixed_moves_units_to_float(
     assert not (options.model_repository / "mixed").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_shape")
 def test_each_engine_is_checked_once(
     built: Built, answered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -660,6 +661,7 @@ def test_each_engine_is_checked_once(
     assert manifest["remarks"] == [f"{name} is slow" for name, _ in checked]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_shape")
 def test_mixed_without_need(built: Built, answered: Path, tmp_path: Path) -> None:
     """A model that passes as it is stays whole."""

@@ -164,6 +164,7 @@ def test_build_on_a_gpu(options: BuildOptions, monkeypatch: pytest.MonkeyPatch) 
     assert "int8: Tactics, 1/2" in console.file.getvalue()
 
 
+@pytest.mark.slow
 def test_options_reach_the_builder(
     options: BuildOptions, stand_in: list[PlanOptions]
 ) -> None:
@@ -178,6 +179,7 @@ def test_options_reach_the_builder(
     assert find_current(options.model_repository, second.contract.build_id)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("stand_in")
 def test_other_network_than_asked_for(
     options: BuildOptions, monkeypatch: pytest.MonkeyPatch

@@ -361,6 +361,7 @@ def test_build_keeps_them(
     assert identify_build(options, files)[0] != before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_shape")
 @pytest.mark.parametrize(
     ("change", "reason"),

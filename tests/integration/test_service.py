@@ -179,7 +179,9 @@ def test_a_second_service_on_the_port_is_refused_clearly(service: Service) -> No
     assert service.get_status("/ready") == 200
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_signals_stop_everything(demo_repository: object, number: int) -> None:
     """After Ctrl-C or SIGTERM no Triton, stub or port is left."""
     running = start_service(free_port())
