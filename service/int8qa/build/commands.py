@@ -89,7 +89,7 @@ def build(
             help="Which tensors become INT8. linear: the GEMMs with weights; gemms: "
             "also attention's GEMMs; full: also the residual adds; or a YAML file "
             "(docs/recipes/gentle.yaml).  [default: what the checkpoint was trained "
-            "with by `int8qa train --qat`, else gemms, and linear for TensorRT]",
+            "with by `int8qa train --qat`, else gemms on CPUs with VNNI, else linear]",
             show_default=False,
         ),
     ] = None,

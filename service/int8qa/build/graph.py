@@ -29,8 +29,6 @@ def clean_graph(model: onnx.ModelProto) -> onnx.ModelProto:
     Raises:
         ExportError: the cleaned graph is not valid ONNX.
     """
-    import onnx
-
     graph = _Graph(model)
     graph.lift_constants()
     graph.fold_casts()
@@ -41,11 +39,26 @@ def clean_graph(model: onnx.ModelProto) -> onnx.ModelProto:
     graph.fold_repeated_transposes()
     graph.merge_equal_nodes()
     graph.drop_unused()
+    check_graph(model, "cleaned")
+    return model
+
+
+def check_graph(model: onnx.ModelProto, kind: str) -> None:
+    """Hold a rewritten graph to ONNX's own rules.
+
+    Args:
+        model: as it was rewritten.
+        kind: what to call it in the error.
+
+    Raises:
+        ExportError: it is not valid ONNX.
+    """
+    import onnx
+
     try:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
-        raise ExportError(f"the cleaned graph is not valid ONNX: {error}") from error
-    return model
+        raise ExportError(f"the {kind} graph is not valid ONNX: {error}") from error
 
 
 class _Graph:

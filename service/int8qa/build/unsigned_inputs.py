@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from int8qa.build.graph import DEQUANTIZE, QUANTIZE
-from int8qa.errors import ExportError
+from int8qa.build.graph import DEQUANTIZE, QUANTIZE, check_graph
 
 if TYPE_CHECKING:
     import onnx
@@ -46,10 +45,7 @@ def shift_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in list(shifted.graph.node):
         if node.op_type == QUANTIZE:
             shift.try_pair(node)
-    try:
-        onnx.checker.check_model(shifted)
-    except onnx.checker.ValidationError as error:
-        raise ExportError(f"the unsigned graph is not valid ONNX: {error}") from error
+    check_graph(shifted, "unsigned")
     return shifted
 
 

@@ -149,7 +149,7 @@ def train(
         str | None,
         typer.Option(
             help="--qat: linear, gemms, full or a YAML file, as for `int8qa build`.  "
-            "[default: gemms, and linear for TensorRT]",
+            "[default: gemms on CPUs with VNNI, else linear]",
             show_default=False,
         ),
     ] = None,

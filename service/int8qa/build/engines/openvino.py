@@ -170,7 +170,8 @@ def write_cpu(directory: Path, any_of: Iterable[str]) -> None:
     (directory / CPU_FILENAME).write_text(text, encoding="utf-8")
 
 
-def _read_properties(path: Path) -> dict[str, Any]:
+def _check_cpu(path: Path) -> None:
+    """Refuse a model whose INT8 sums would overflow on this CPU."""
     cpu = path.with_name(CPU_FILENAME)
     if cpu.exists():
         wanted = json.loads(cpu.read_text(encoding="utf-8"))["any_of"]
@@ -180,6 +181,9 @@ def _read_properties(path: Path) -> dict[str, Any]:
                 f"{' or '.join(wanted)}, and this CPU has none of them: its INT8 sums "
                 f"would overflow. Run `int8qa build` here"
             )
+
+
+def _read_properties(path: Path) -> dict[str, Any]:
     text = path.with_name(PROPERTIES_FILENAME).read_text(encoding="utf-8")
     properties: dict[str, Any] = json.loads(text)
     return properties
@@ -201,6 +205,7 @@ class OpenVinoEngine:
     ) -> None:
         openvino = _import_openvino()
         core = openvino.Core()
+        _check_cpu(path)
         properties = _read_properties(path) | _share_cores(threads)
         if hint is not None:
             properties["INFERENCE_PRECISION_HINT"] = hint
@@ -337,19 +342,18 @@ def check_execution(
             f"OpenVINO runs {int8_gemms} of {quantized_gemms} quantized GEMMs in INT8 "
             f"on {execution.device} ({gemms}); the Q/DQ graph does not fuse there"
         )
-    attentions = execution.attentions
-    int8_attentions = attentions.get("i8", 0) + attentions.get("u8", 0)
-    if not attentions:  # not fused: two GEMMs each
-        int8_attentions = max(0, int8_gemms - quantized_gemms) // 2
     if precision is Precision.INT8:
-        if int8_attentions < quantized_attentions:
+        attentions = execution.attentions
+        done = attentions.get("i8", 0) + attentions.get("u8", 0)
+        if not attentions:  # not fused: two GEMMs each
+            done = max(0, int8_gemms - quantized_gemms) // 2
+        if done < quantized_attentions:
             remark = (
-                f"OpenVINO runs {int8_attentions} of {quantized_attentions} quantized "
-                f"attentions in INT8 on {execution.device} "
-                f"({attentions or gemms}); the recipe linear may be as fast there"
+                f"OpenVINO runs {done} of {quantized_attentions} quantized attentions "
+                f"in INT8 on {execution.device} ({attentions or gemms}); the recipe "
+                f"linear may be as fast there"
             )
             return [remark]
-        return []
     if precision is not Precision.FP16:
         return []
     halves = gemms.get("f16", 0)
